@@ -1,0 +1,251 @@
+"""The TD-MPC update (Hansen et al. 2022, section 4.1 and algorithm 2).
+
+Rolls the latent dynamics out over a sequence, then evaluates reward, Q, policy and target networks
+once for all its steps. The losses are functions of tensors, so that they can be compiled; `Learner`
+adds what changes from update to update: optimisers, target network, counters.
+
+Shapes: B sequences of H decisions, D latent width, A action width.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tdmpc_prune.agent.config import LearningConfig, PlannerConfig
+from tdmpc_prune.agent.replay import Batch
+from tdmpc_prune.agent.world_model import WorldModel
+
+_LARGEST_LOSS = 1e4  # each loss term of a sequence, and its priority, is cut off here
+
+GradientHook = Callable[[str, WorldModel], None]
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss term or gradient is infinite or not a number; nothing was changed by its update."""
+
+    def __init__(self, term: str, value: float):
+        super().__init__(f"the {term} is {value}")
+        self.term = term
+
+
+@dataclass(frozen=True)
+class ModelLosses:
+    """What the model loss is made of."""
+
+    total: Tensor  # [] what is minimised, before the gradient is scaled by 1/H
+    consistency: Tensor  # [] mean over the batch, as the other terms
+    reward: Tensor  # []
+    value: Tensor  # []
+    priorities: Tensor  # [B]
+    latents: Tensor  # [H + 1, B, D], detached: where the policy is improved
+
+
+def model_loss(
+    model: WorldModel,
+    target: WorldModel,
+    batch: Batch,
+    policy_noise: Tensor,
+    config: LearningConfig,
+) -> ModelLosses:
+    """The loss of encoder, dynamics, reward and Q.
+
+    Args:
+        model: the networks that learn.
+        target: their moving average.
+        batch: of tensors.
+        policy_noise: `[H, B, A]`, on the policy's actions in the TD target.
+        config: weights of the terms.
+    """
+    with torch.no_grad():
+        consistency_targets = target.encode(batch.next_observations)
+        next_latents = model.encode(batch.next_observations)
+        next_values = target.min_q(next_latents, model.act(next_latents, policy_noise))
+        alive = 1 - batch.terminated
+        td_targets = batch.rewards + config.discount * alive * next_values
+
+    latents = torch.stack(model.rollout(model.encode(batch.observation), batch.actions))
+    rewards = model.predict_reward(latents[:-1], batch.actions)
+    q_values = model.q_values(latents[:-1], batch.actions)
+
+    step_weights = rho_weights(config, batch.valid) * batch.valid  # [H, B]
+    consistency = step_weights * (latents[1:] - consistency_targets).square().mean(-1)
+    reward = step_weights * (rewards - batch.rewards).square()
+    td_errors = [q - td_targets for q in q_values]
+    value = step_weights * sum(error.square() for error in td_errors)
+    with torch.no_grad():
+        priorities = (step_weights * sum(error.abs() for error in td_errors)).sum(0)
+
+    terms = [term.sum(0).clamp(max=_LARGEST_LOSS) for term in (consistency, reward, value)]
+    weights = (config.consistency_weight, config.reward_weight, config.value_weight)
+    total = sum(weight * term for weight, term in zip(weights, terms, strict=True))
+    return ModelLosses(
+        (total * batch.weights).mean(),
+        *(term.detach().mean() for term in terms),
+        priorities.clamp(max=_LARGEST_LOSS),
+        latents.detach(),
+    )
+
+
+def policy_loss(
+    model: WorldModel, latents: Tensor, valid: Tensor, policy_noise: Tensor, config: LearningConfig
+) -> Tensor:
+    """Minus the value of the policy's actions, weighted rho^t.
+
+    Args:
+        model: its policy learns; nothing else should.
+        latents: `[H + 1, B, D]`.
+        valid: `[H + 1, B]`, 1 where the latent belongs to its episode.
+        policy_noise: `[H + 1, B, A]`.
+        config: for rho.
+    """
+    values = model.min_q(latents, model.act(latents, policy_noise))
+    return -(rho_weights(config, values) * valid * values).mean(1).sum()
+
+
+def rho_weights(config: LearningConfig, like: Tensor) -> Tensor:
+    """rho^t as `[T, 1]`, for `like` `[T, B]`."""
+    steps = torch.arange(len(like), device=like.device, dtype=like.dtype)
+    return torch.pow(config.rho, steps).unsqueeze(1)
+
+
+class Learner:
+    """The networks that learn, their targets and optimisers, and the update.
+
+    A hook in `gradient_hooks` is called as `hook(loss, model)` at each update, once with
+    "model_loss" and once with "policy_loss", after the backward pass of that loss and before its
+    optimiser step: the gradients of the parameters that the loss trains are in `.grad`, scaled and
+    clipped as the optimiser will see them.
+    """
+
+    def __init__(self, model: WorldModel, planner: PlannerConfig, config: LearningConfig):
+        self.config = config
+        self.model = model
+        self.target = copy.deepcopy(model).requires_grad_(False)
+        self.gradient_hooks: list[GradientHook] = []
+        self.updates = 0
+        self._noise_std = planner.policy_noise
+        self._noise_clip = planner.policy_noise_clip
+        self._policy_parameters = list(model.policy.parameters())
+        policy = set(self._policy_parameters)
+        self._model_parameters = [p for p in model.parameters() if p not in policy]
+        device = self._policy_parameters[0].device
+        self.model_optimiser = torch.optim.Adam(
+            self._model_parameters, lr=config.learning_rate, fused=True
+        )
+        self.policy_optimiser = torch.optim.Adam(
+            self._policy_parameters, lr=config.learning_rate, fused=True
+        )
+        self._model_loss, self._policy_loss = model_loss, policy_loss
+        if device.type == "cuda":  # captured as CUDA graphs
+            self._model_loss = torch.compile(model_loss, mode="reduce-overhead")
+            self._policy_loss = torch.compile(policy_loss, mode="reduce-overhead")
+
+    @property
+    def device(self) -> torch.device:
+        return self._policy_parameters[0].device
+
+    def update(
+        self, batch: Batch, generator: torch.Generator
+    ) -> tuple[dict[str, float], np.ndarray]:
+        """One update of model, policy and (when due) target networks.
+
+        Returns:
+            Losses and gradient norms by name, and the new priorities `[B]` of the batch.
+
+        Raises:
+            NonFiniteLoss: naming the term, before any weight has changed by it.
+        """
+        horizon, size = batch.rewards.shape
+        noise = torch.randn(
+            2 * horizon + 1,
+            size,
+            batch.actions.shape[-1],
+            generator=generator,
+            device=generator.device,
+        )
+        noise = (self._noise_std * noise).clamp(-self._noise_clip, self._noise_clip)
+
+        losses = self._model_loss(self.model, self.target, batch, noise[:horizon], self.config)
+        model_norm = self._backward(losses.total / horizon, self._model_parameters)
+        metrics = self._checked(
+            {
+                "consistency loss": losses.consistency,
+                "reward loss": losses.reward,
+                "value loss": losses.value,
+                "model loss": losses.total,
+                "model gradient norm": model_norm,
+            }
+        )
+        self._step("model_loss", self.model_optimiser)
+
+        # A latent belongs to its episode if the decision that led to it does.
+        valid = torch.cat([torch.ones_like(batch.valid[:1]), batch.valid])
+        loss = self._policy_loss(self.model, losses.latents, valid, noise[horizon:], self.config)
+        policy_norm = self._backward(loss, self._policy_parameters)
+        metrics |= self._checked({"policy loss": loss, "policy gradient norm": policy_norm})
+        self._step("policy_loss", self.policy_optimiser)
+
+        self.updates += 1
+        if self.updates % self.config.target_every == 0:
+            self._move_target()
+        return metrics, losses.priorities.cpu().numpy()
+
+    def _backward(self, loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+        """Fill the gradients of `parameters` alone, clip them, and return their norm."""
+        for parameter in parameters:
+            parameter.grad = None
+        loss.backward(inputs=parameters)
+        return nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
+
+    @staticmethod
+    def _checked(terms: dict[str, Tensor]) -> dict[str, float]:
+        values = torch.stack([term.detach() for term in terms.values()]).tolist()
+        for term, value in zip(terms, values, strict=True):
+            if not math.isfinite(value):
+                raise NonFiniteLoss(term, value)
+        return dict(zip(terms, values, strict=True))
+
+    def _step(self, loss: str, optimiser: torch.optim.Optimizer) -> None:
+        for hook in self.gradient_hooks:
+            hook(loss, self.model)
+        optimiser.step()
+
+    @torch.no_grad()
+    def _move_target(self) -> None:
+        torch._foreach_lerp_(
+            list(self.target.parameters()), list(self.model.parameters()), self.config.target_rate
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Target weights and both optimisers' moments, by the names of their parameters."""
+        tensors = {f"target.{name}": value for name, value in self.target.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self._moments(parameter).items():
+                tensors[f"adam.{key}.{name}"] = value
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor], updates: int) -> None:
+        """Go on from what `state` returned; the model's own weights are loaded separately."""
+        self.updates = updates
+        prefix = "target."
+        self.target.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        )
+        for name, parameter in self.model.named_parameters():
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"adam.{key}.{name}" in tensors:
+                    value = tensors[f"adam.{key}.{name}"].to(parameter.device)
+                    self._moments(parameter)[key] = value
+
+    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The Adam state of `parameter`, in the optimiser that trains it."""
+        is_policy = any(parameter is own for own in self._policy_parameters)
+        optimiser = self.policy_optimiser if is_policy else self.model_optimiser
+        return optimiser.state[parameter]

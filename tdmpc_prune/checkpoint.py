@@ -1,0 +1,280 @@
+"""Saved agents and saved runs: tensors in safetensors, everything else in JSON, never pickled.
+
+A run's folder::
+
+    run.json                      the run's settings, versions and command
+    history.jsonl                 episodes and evaluations, one JSON object a line
+    events.out.tfevents…          the same for TensorBoard, and more
+    checkpoints/<n>-<env steps>/  the newest state
+        agent.json                format, structure, settings, provenance, checksums
+        agent.safetensors         the world model's weights
+        training.json             counters, random states (absent from a shipped agent)
+        training.safetensors      target network, Adam moments, episode in progress
+        replay.safetensors        the replay buffer
+
+A checkpoint is written under a hidden name, flushed to the disk, and then renamed, so that whatever
+has its final name is whole; the one before it is deleted only after that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from torch import Tensor
+
+from tdmpc_prune.agent.config import AgentConfig
+from tdmpc_prune.agent.world_model import Widths, WorldModel
+from tdmpc_prune.config import from_plain, to_plain
+from tdmpc_prune.errors import RunError, UserError
+from tdmpc_prune.runtime import versions
+
+FORMAT = "tdmpc_prune agent"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SavedAgent:
+    """An agent as a checkpoint holds it."""
+
+    model: WorldModel
+    config: AgentConfig
+    task: str
+    action_repeat: int
+    provenance: dict[str, Any]  # seed, env steps, versions, evaluation … of the run it comes from
+
+
+def checkpoint_dir(path: str | Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest one of a run's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if (path / "agent.json").is_file():
+        return path
+    found = sorted((path / "checkpoints").glob("[0-9]*-[0-9]*"))
+    if found:
+        return found[-1]
+    if not path.exists():
+        raise UserError(f"checkpoint '{path}' does not exist")
+    raise UserError(f"'{path}' holds no checkpoint (no agent.json, no checkpoints folder)")
+
+
+def save_checkpoint(
+    run_dir: Path, agent: SavedAgent, training: dict[str, Any], tensors: dict[str, dict[str, Any]]
+) -> Path:
+    """Save a run's state as its newest checkpoint, then delete the one before.
+
+    Args:
+        run_dir: the run's folder.
+        agent: what is needed to act.
+        training: what else is needed to go on; JSON types.
+        tensors: file name → name → tensor or array, likewise.
+
+    Raises:
+        RunError: it could not be written; earlier checkpoints are untouched.
+    """
+    folder = run_dir / "checkpoints"
+    earlier = sorted(folder.glob("[0-9]*-[0-9]*"))
+    number = int(earlier[-1].name.split("-")[0]) + 1 if earlier else 1
+    target = folder / f"{number:06d}-{agent.provenance['env_steps']}"
+
+    def write(part: Path) -> None:
+        write_agent(part, agent)
+        sums = {f"{name}.safetensors": _save(part, name, tensors[name]) for name in tensors}
+        _write_json(part / "training.json", training | {"sha256": sums})
+
+    _write_folder(target, write)
+    for old in earlier:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def write_agent(folder: Path, agent: SavedAgent) -> None:
+    """Write the two files of an agent into `folder`."""
+    weights = {name: tensor.detach() for name, tensor in agent.model.state_dict().items()}
+    checksum = _save(folder, "agent", weights)
+    description = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "task": agent.task,
+        "action_repeat": agent.action_repeat,
+        "widths": dataclasses.asdict(agent.model.widths),
+        "config": to_plain(agent.config),
+        "provenance": agent.provenance
+        | {
+            "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+        },
+        "sha256": {"agent.safetensors": checksum},
+    }
+    _write_json(folder / "agent.json", description)
+
+
+def load_agent(path: str | Path, device: torch.device | str = "cpu") -> SavedAgent:
+    """The agent of a checkpoint, or of the newest checkpoint of a run.
+
+    Raises:
+        UserError: there is none, or it is damaged, or no agent of this package's; and which.
+    """
+    folder = checkpoint_dir(path)
+    description = _read_json(folder / "agent.json")
+    if description.get("format") != FORMAT:
+        raise UserError(f"'{folder}' is not a checkpoint of this package (no '{FORMAT}' in it)")
+    if description.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"checkpoint '{folder}' has format version {description.get('format_version')}; "
+            f"this release reads version {FORMAT_VERSION}"
+        )
+    weights = load_tensors(folder, "agent", description.get("sha256", {}))
+    try:
+        model = WorldModel(_widths(description["widths"]))
+        model.load_state_dict(weights)
+        return SavedAgent(
+            model=model.to(device),
+            config=from_plain(AgentConfig, description["config"]),
+            task=description["task"],
+            action_repeat=description["action_repeat"],
+            provenance=description["provenance"],
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"checkpoint '{folder}' is damaged: {reason}") from error
+
+
+def load_training(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """What `save_checkpoint` was given beside the agent.
+
+    Raises:
+        UserError: it is absent or damaged.
+    """
+    if not (folder / "training.json").is_file():
+        raise UserError(f"'{folder}' holds an agent but no training state to go on from")
+    training = _read_json(folder / "training.json")
+    sums = training.pop("sha256", {})
+    names = [file.removesuffix(".safetensors") for file in sums]
+    return training, {name: load_tensors(folder, name, sums) for name in names}
+
+
+def load_tensors(folder: Path, name: str, sums: dict[str, str]) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, checked against its checksum.
+
+    Raises:
+        UserError: the file is missing, or is not what was written.
+    """
+    path = folder / f"{name}.safetensors"
+    try:
+        if hashlib.sha256(path.read_bytes()).hexdigest() != sums.get(path.name):
+            raise UserError(f"'{path}' is damaged: it is not what was saved (checksum)")
+        return {key: torch.from_numpy(array) for key, array in load_arrays(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"'{path}' cannot be read: {error}") from error
+
+
+def create_run(run_dir: Path, settings: dict[str, Any], command: list[str]) -> None:
+    """Make the folder of a new run, with its `run.json`.
+
+    Raises:
+        UserError: there is already a run in it.
+        RunError: it could not be written.
+    """
+    if (run_dir / "run.json").exists():
+        raise UserError(
+            f"'{run_dir}' already holds a run: go on with resume={run_dir}, "
+            f"or give this one another folder with run_dir=…"
+        )
+    description = {"settings": settings, "versions": versions(), "command": command}
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        part = run_dir / ".run.json.part"
+        _write_json(part, description)
+        os.replace(part, run_dir / "run.json")
+    except OSError as error:
+        raise RunError(f"'{run_dir}' cannot be written: {error.strerror}") from error
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """The settings of a run.
+
+    Raises:
+        UserError: there is no run in that folder.
+    """
+    if not (run_dir / "run.json").is_file():
+        raise UserError(f"'{run_dir}' is not the folder of a run (it has no run.json)")
+    return _read_json(run_dir / "run.json")["settings"]
+
+
+def _widths(values: dict[str, Any]) -> Widths:
+    """Widths from JSON, where tuples are lists."""
+
+    def tuples(value):
+        return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+
+    return Widths(**{name: tuples(value) for name, value in values.items()})
+
+
+def _save(folder: Path, name: str, tensors: dict[str, Any]) -> str:
+    """Write tensors or arrays to a file and return its checksum."""
+    arrays = {
+        key: np.ascontiguousarray(value.cpu().numpy() if isinstance(value, Tensor) else value)
+        for key, value in tensors.items()
+    }
+    path = folder / f"{name}.safetensors"
+    save_arrays(arrays, path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' is damaged or no checkpoint of this package: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"'{path}' is no checkpoint of this package")
+    return value
+
+
+def _write_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Make folder `target` with what `write` puts into it: whole, or not at all."""
+    part = target.parent / f".{target.name}.part"
+    try:
+        for left_behind in target.parent.glob(".*.part"):
+            shutil.rmtree(left_behind)
+        part.mkdir(parents=True)
+        write(part)
+        for path in (*part.iterdir(), part):
+            _flush(path)
+        os.replace(part, target)
+        _flush(target.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise RunError(
+            f"checkpoint '{target}' could not be saved: {error}; earlier ones are whole"
+        ) from error
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's or folder's content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,144 @@
+"""What can be set on each command line, and the named choices that Hydra offers for it.
+
+The dataclasses are the only declaration of a setting: its type, default and documentation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tdmpc_prune.agent.config import PRESETS, AgentConfig, require, setting
+from tdmpc_prune.errors import UserError
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How the agent is compressed while it trains."""
+
+    method: str = setting("none", "what ranks the units to remove; none keeps the agent dense")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    task: str = setting(
+        "cartpole-swingup", "a DeepMind Control Suite task, or gym:<id> for any Gymnasium one"
+    )
+    prune: PruneConfig = setting(PruneConfig, "how to compress: none")
+    model: AgentConfig = setting(AgentConfig, "agent preset: default, or paper (as published)")
+    seed: int = setting(1, "of everything random")
+    env_steps: int = setting(50_000, "length of the training, in simulator steps")
+    device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
+    threads: int = setting(1, "CPU threads; more only helps while other processes leave cores idle")
+    action_repeat: int | None = setting(
+        None, "simulator steps per decision; null takes the task's own"
+    )
+    eval_every: int = setting(5_000, "env steps between evaluations, each saved as a checkpoint")
+    eval_episodes: int = setting(10, "episodes per evaluation")
+    run_dir: str | None = setting(
+        None, "folder of the run; null takes runs/<task>/<prune>/seed<seed>"
+    )
+    resume: str | None = setting(
+        None, "folder of a run to go on with; only env_steps, device and threads may be changed"
+    )
+
+    def __post_init__(self):
+        for name in ("env_steps", "eval_every", "eval_episodes"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name}={value} must be at least 1")
+        require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31)")
+        check_machine(self.device, self.threads)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """An evaluation of a saved agent."""
+
+    checkpoint: str = setting(MISSING, "a run folder (its newest checkpoint) or a checkpoint")
+    episodes: int = setting(10, "episodes to play")
+    seed: int = setting(0, "of the episodes' initial states and of the planner")
+    device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
+    threads: int = setting(1, "CPU threads")
+
+    def __post_init__(self):
+        require(self.episodes >= 1, f"episodes={self.episodes} must be at least 1")
+        require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31)")
+        check_machine(self.device, self.threads)
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """A measurement of how long a decision and an update take."""
+
+    model: AgentConfig = setting(AgentConfig, "agent preset: default, or paper (as published)")
+    task: str = setting("cartpole-swingup", "the task whose observations and actions to use")
+    environments: int = setting(1, "decisions planned at once")
+    repeats: int = setting(30, "timed calls; the median is reported")
+    device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
+    threads: int = setting(1, "CPU threads")
+    json: str | None = setting(None, "file to write the measurements to")
+
+    def __post_init__(self):
+        for name in ("environments", "repeats"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name}={value} must be at least 1")
+        check_machine(self.device, self.threads)
+
+
+def check_machine(device: str, threads: int) -> None:
+    """Refuse a device or thread count that cannot be."""
+    require(device in ("auto", "cpu", "cuda"), f"device={device} must be auto, cpu or cuda")
+    require(threads >= 1, f"threads={threads} must be at least 1")
+
+
+COMMANDS = {"train": TrainConfig, "evaluate": EvaluateConfig, "benchmark": BenchmarkConfig}
+GROUPS = {"model": PRESETS, "prune": {"none": PruneConfig()}}
+
+
+def register() -> None:
+    """Tell Hydra of the commands' settings and of the choices for `model=` and `prune=`."""
+    store = ConfigStore.instance()
+    for name, schema in COMMANDS.items():
+        store.store(name=f"{name}_settings", node=_overridable(schema))
+    for group, choices in GROUPS.items():
+        for name, choice in choices.items():
+            store.store(group=group, name=name, node=_overridable(choice))
+
+
+def _overridable(config: Any) -> DictConfig:
+    """OmegaConf makes frozen dataclasses read-only; a command line has to override them."""
+    node = OmegaConf.structured(config)
+
+    def thaw(part: DictConfig) -> None:
+        OmegaConf.set_readonly(part, False)
+        for key in part:
+            if OmegaConf.is_config(part._get_node(key)):
+                thaw(part[key])
+
+    thaw(node)
+    return node
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A configuration as nested dicts of JSON types."""
+    return dataclasses.asdict(config)
+
+
+def from_plain(schema: type, values: dict[str, Any]) -> Any:
+    """The configuration that `to_plain` wrote.
+
+    Raises:
+        UserError: a setting is unknown here or of the wrong type, and which.
+    """
+    try:
+        merged = OmegaConf.merge(_overridable(schema), OmegaConf.create(values))
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{schema.__name__}: {str(error).splitlines()[0]}") from error

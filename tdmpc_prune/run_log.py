@@ -1,0 +1,80 @@
+"""What a run tells while it goes on: a progress bar, TensorBoard, and `history.jsonl`.
+
+The horizontal axis is env steps (simulator steps) everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_REFRESHES = 0.5
+
+
+class RunLog:
+    """Writes into a run's folder. `history` is the number of lines that are in the history."""
+
+    def __init__(self, run_dir: Path, env_steps: int, total_env_steps: int, history: int):
+        """Open the logs of a run.
+
+        Args:
+            run_dir: its folder.
+            env_steps: where the run stands; later events of a run that was cut off are hidden.
+            total_env_steps: where it ends.
+            history: lines of the history to keep; what a run that was cut off wrote beyond them
+                will be written again.
+        """
+        self._history_path = run_dir / "history.jsonl"
+        self.history = history
+        if self._history_path.exists():
+            kept = self._history_path.read_text().splitlines(keepends=True)[:history]
+            part = run_dir / ".history.jsonl.part"
+            part.write_text("".join(kept))
+            os.replace(part, self._history_path)
+        self._writer = SummaryWriter(
+            str(run_dir), purge_step=env_steps + 1 if env_steps else None
+        )
+        self._bar = tqdm(
+            total=total_env_steps, initial=env_steps, unit="env step", dynamic_ncols=True
+        )
+        self._shown: dict[str, str] = {}
+        self._refreshed = 0.0
+
+    def hyperparameters(self, settings: dict[str, Any]) -> None:
+        """Fill TensorBoard's hyperparameter tab, with the evaluation return as the outcome."""
+        for summary in hparams(settings, {"evaluation/return": 0.0}):
+            self._writer.file_writer.add_summary(summary)
+
+    def record(self, kind: str, env_steps: int, **values: Any) -> None:
+        """Add a line to the history."""
+        line = json.dumps({"kind": kind, "env_steps": env_steps} | values)
+        with self._history_path.open("a") as history:
+            history.write(line + "\n")
+        self.history += 1
+
+    def scalars(self, env_steps: int, values: dict[str, float]) -> None:
+        """Add scalars to TensorBoard."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, env_steps)
+
+    def progress(self, env_steps: int | None = None, **shown: str) -> None:
+        """Move the progress bar to `env_steps`, and show `shown` beside what it shows already."""
+        self._shown |= shown
+        if env_steps is not None:
+            self._bar.n = env_steps
+        if time.monotonic() - self._refreshed > _SECONDS_BETWEEN_REFRESHES:
+            self._refreshed = time.monotonic()
+            text = ", ".join(f"{name} {value}" for name, value in self._shown.items())
+            self._bar.set_postfix_str(text)
+
+    def close(self) -> None:
+        """Finish the files."""
+        self._writer.close()
+        self._bar.close()

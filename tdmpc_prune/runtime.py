@@ -1,0 +1,45 @@
+"""The machine that a command runs on: device, threads, and versions for provenance."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from tdmpc_prune.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` → a device.
+
+    Raises:
+        UserError: CUDA was asked for and is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but PyTorch finds no CUDA device; use device=cpu or auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def set_threads(threads: int) -> None:
+    """Let PyTorch use so many CPU threads.
+
+    The commands' default is 1: the networks are small, and OpenMP's threads wait for each other at
+    a barrier after every operation, which takes many times longer than the operation itself when
+    another process has one of the cores.
+    """
+    torch.set_num_threads(threads)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    packages = ("tdmpc-prune", "torch", "numpy", "gymnasium", "dm-control", "mujoco")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,522 @@
+"""Training an agent on a task: act, store, update, evaluate, save, and go on after a stop.
+
+The run is a sequence of small steps (one decision, one update, one evaluation), and everything
+that the next step depends on is in the checkpoint. A run that was stopped or killed therefore goes
+on with the very numbers that it would have had. Only the simulator's state cannot be saved: each
+episode starts from a seed of its own, and an episode in progress is taken up again by executing its
+actions anew.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from envs import make_env
+from envs.tasks import default_action_repeat
+from tdmpc_prune.agent.learner import Learner, NonFiniteLoss
+from tdmpc_prune.agent.planner import draw_noise, first_means, plan
+from tdmpc_prune.agent.replay import Episode, SequenceReplay
+from tdmpc_prune.agent.world_model import Widths, WorldModel
+from tdmpc_prune.checkpoint import (
+    SavedAgent,
+    checkpoint_dir,
+    create_run,
+    load_agent,
+    load_training,
+    read_run,
+    save_checkpoint,
+)
+from tdmpc_prune.config import TrainConfig, from_plain, to_plain
+from tdmpc_prune.errors import RunError, UserError
+from tdmpc_prune.evaluation import Evaluation, evaluate
+from tdmpc_prune.run_log import RunLog
+from tdmpc_prune.runtime import choose_device, set_threads
+
+EVALUATION_SEED = 1_000_000  # the initial states of evaluations are the same in every run
+_MAY_CHANGE_ON_RESUME = {"resume", "env_steps", "device", "threads"}
+
+
+class Stopped(RunError):
+    """The run was asked to stop, and its state is saved."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    env_steps: int = 0  # simulator steps of finished episodes
+    decisions: int = 0
+    episodes: int = 0
+    updates_due: float = 0.0  # earned by decisions, not yet made
+    next_evaluation: int = 0  # env steps
+    history: int = 0  # lines of the history
+
+
+@dataclass
+class EpisodeInProgress:
+    """What has been executed since the last reset."""
+
+    observations: list[np.ndarray]
+    planned: bool  # False in the random episodes at the start
+    actions: list[np.ndarray] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+
+
+def default_run_dir(config: TrainConfig) -> Path:
+    """Where a run goes that was given no folder."""
+    task = config.task.replace(":", "-").replace("/", "-")
+    return Path("runs") / task / config.prune.method / f"seed{config.seed}"
+
+
+def start(config: TrainConfig, command: list[str]) -> Trainer:
+    """A new run.
+
+    Raises:
+        UserError: its folder already holds one.
+        TaskError: see `envs.make_env`.
+    """
+    run_dir = Path(config.run_dir) if config.run_dir else default_run_dir(config)
+    trainer = Trainer(config, run_dir)
+    create_run(run_dir, to_plain(config), command)
+    return trainer
+
+
+def resume(config: TrainConfig, given: list[str]) -> Trainer:
+    """A run that goes on from its newest checkpoint.
+
+    Args:
+        config: `resume` names the run's folder.
+        given: the settings given on the command line; few may change.
+
+    Raises:
+        UserError: there is no such run, it is damaged, or a setting may not change.
+    """
+    run_dir = Path(config.resume)
+    saved = from_plain(TrainConfig, read_run(run_dir))
+    for name in given:
+        if name not in _MAY_CHANGE_ON_RESUME:
+            raise UserError(
+                f"{name} cannot change when a run is resumed; only "
+                f"{', '.join(sorted(_MAY_CHANGE_ON_RESUME - {'resume'}))} can"
+            )
+    changed = {name: getattr(config, name) for name in given if name != "resume"}
+    trainer = Trainer(replace(saved, **changed), run_dir)
+    if any((run_dir / "checkpoints").glob("[0-9]*-[0-9]*")):
+        trainer.load(checkpoint_dir(run_dir))
+    return trainer  # a run that was killed before its first checkpoint starts again
+
+
+class Trainer:
+    """One run: `run()` takes it to its end or to a signal."""
+
+    def __init__(self, config: TrainConfig, run_dir: Path):
+        """Set everything up; nothing is written.
+
+        Args:
+            config: settings of the run; not of how it was resumed.
+            run_dir: its folder.
+        """
+        self.config = config
+        self.run_dir = run_dir
+        set_threads(config.threads)
+        self.device = choose_device(config.device)
+        agent, learning = config.model, config.model.learning
+        self.env = make_env(config.task, config.action_repeat)
+        self.action_repeat = config.action_repeat or default_action_repeat(config.task)
+        self.observation_width = self.env.observation_space.shape[0]
+        self.action_width = self.env.action_space.shape[0]
+
+        # Weights are drawn on the CPU, so that they are the same on every device.
+        initial = torch.Generator().manual_seed(config.seed)
+        widths = Widths.dense(agent.network, self.observation_width, self.action_width)
+        model = WorldModel(widths, initial).to(self.device)
+        self.learner = Learner(model, agent.planner, learning)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.rng = np.random.default_rng(config.seed)
+        self.replay = SequenceReplay(
+            learning.buffer_decisions,
+            self.observation_width,
+            self.action_width,
+            learning.horizon,
+            learning.priority_exponent,
+            learning.priority_correction,
+        )
+        self._plan = plan
+        if self.device.type == "cuda":  # captured as CUDA graphs
+            self._plan = torch.compile(plan, mode="reduce-overhead")
+
+        self.progress = Progress(next_evaluation=min(config.eval_every, config.env_steps))
+        self.episode: EpisodeInProgress | None = None
+        self.means = self._first_means()
+        self.last_evaluation: Evaluation | None = None
+        self._stop_signal: int | None = None
+        self._averages = Averages()
+        self._log: RunLog | None = None
+
+    @property
+    def model(self) -> WorldModel:
+        return self.learner.model
+
+    def run(self) -> Evaluation:
+        """Train to the end and return the last evaluation.
+
+        Raises:
+            Stopped: a signal came; the state is saved.
+            RunError: a loss is not finite (the state before it is saved), or saving failed.
+        """
+        self._log = RunLog(
+            self.run_dir, self.progress.env_steps, self.config.env_steps, self.progress.history
+        )
+        self._log.hyperparameters(_flat(to_plain(self.config)))
+        try:
+            with self._signals_stop():
+                while self.step():
+                    if self._stop_signal is not None:
+                        self._stop()
+        finally:
+            self._log.close()
+            self.env.close()
+        return self.last_evaluation
+
+    def step(self) -> bool:
+        """The next small step of the run; False once it has reached its end."""
+        progress = self.progress
+        seeded = progress.decisions >= self.config.model.learning.seed_decisions
+        if self.episode is None and seeded and progress.updates_due >= 1:
+            self._update()
+        elif self.episode is None and progress.env_steps >= progress.next_evaluation:
+            self._evaluate()
+        elif self.episode is None and progress.env_steps >= self.config.env_steps:
+            return False
+        else:
+            self._decide()
+        return True
+
+    def _decide(self) -> None:
+        """One decision, and what follows if the episode ends with it."""
+        began = time.perf_counter()
+        progress, learning = self.progress, self.config.model.learning
+        if self.episode is None:
+            observation, _ = self.env.reset(seed=self._episode_seed(progress.episodes))
+            planned = progress.decisions >= learning.seed_decisions
+            self.episode = EpisodeInProgress([observation], planned)
+            self.means = self._first_means()
+        episode = self.episode
+        if episode.planned:
+            action = self._planned_action(episode.observations[-1])
+        else:
+            action = self.rng.uniform(-1, 1, self.action_width).astype(np.float32)
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        episode.observations.append(observation)
+        episode.actions.append(action)
+        episode.rewards.append(reward)
+        progress.decisions += 1
+        if episode.planned:
+            self._averages.add({"speed/milliseconds per decision": _milliseconds(began)})
+        self._log.progress(progress.env_steps + info["env_steps"])
+        if terminated or truncated:
+            self._end_episode(terminated, info["env_steps"])
+
+    def _planned_action(self, observation: np.ndarray) -> np.ndarray:
+        config, decisions = self.config.model, self.progress.decisions
+        noise = draw_noise(
+            config.planner,
+            1,
+            self.action_width,
+            self.generator,
+            config.planner.horizon_at(decisions),
+        )
+        decision = self._plan(
+            self.model,
+            torch.from_numpy(observation).to(self.device).unsqueeze(0),
+            self.means,
+            noise,
+            config.planner,
+            config.learning.discount,
+            torch.tensor(config.planner.min_std_at(decisions), device=self.device),
+            explore=True,
+        )
+        self.means = decision.means.clone()
+        self._averages.add(
+            {
+                "planner/std": decision.std.mean().item(),
+                "planner/elite value": decision.value.mean().item(),
+            }
+        )
+        return decision.actions[0].cpu().numpy()
+
+    def _end_episode(self, terminated: bool, env_steps: int) -> None:
+        progress, episode = self.progress, self.episode
+        self.replay.add(
+            Episode(
+                np.stack(episode.observations),
+                np.stack(episode.actions),
+                np.array(episode.rewards, np.float32),
+                terminated,
+            )
+        )
+        self.episode = None
+        progress.env_steps += env_steps
+        progress.episodes += 1
+        progress.updates_due += (
+            len(episode.actions) * self.config.model.learning.updates_per_decision
+        )
+        episode_return = float(sum(episode.rewards))
+        self._log.record(
+            "episode",
+            progress.env_steps,
+            decisions=progress.decisions,
+            updates=self.learner.updates,
+            episode_return=episode_return,
+            length=env_steps,
+            terminated=bool(terminated),
+        )
+        progress.history = self._log.history
+        scalars = {"training/return": episode_return, "training/decisions": progress.decisions}
+        if episode.planned:
+            decisions = progress.decisions
+            planner = self.config.model.planner
+            scalars["planner/horizon"] = planner.horizon_at(decisions)
+            scalars["planner/smallest std"] = planner.min_std_at(decisions)
+        self._log.scalars(progress.env_steps, scalars | self._averages.take())
+        self._log.progress(progress.env_steps, **{"return": f"{episode_return:.0f}"})
+
+    def _update(self) -> None:
+        """One update from the replay buffer."""
+        began = time.perf_counter()
+        batch, starts = self.replay.sample(
+            self.config.model.learning.batch, self.rng, self.device
+        )
+        try:
+            metrics, priorities = self.learner.update(batch, self.generator)
+        except NonFiniteLoss as error:
+            saved = self.save()
+            raise RunError(
+                f"stopped after {self.learner.updates} updates because {error}; the state before "
+                f"is saved in {saved}; try a smaller model.learning.learning_rate"
+            ) from error
+        self.replay.set_priorities(starts, priorities)
+        self.progress.updates_due -= 1
+        milliseconds = _milliseconds(began)
+        self._averages.add(
+            {
+                f"{'gradients' if 'norm' in name else 'losses'}/{name}": value
+                for name, value in metrics.items()
+            }
+            | {"speed/milliseconds per update": milliseconds}
+        )
+        self._log.progress(
+            loss=f"{metrics['model loss']:.3g}",
+            updates=f"{self.learner.updates} ({milliseconds:.0f} ms)",
+        )
+
+    def _evaluate(self) -> None:
+        """Evaluate and save; nothing if a signal comes meanwhile."""
+        self._log.progress(doing="evaluating")
+        config, progress = self.config, self.progress
+        evaluation = evaluate(
+            self.model,
+            config.model,
+            config.task,
+            config.action_repeat,
+            config.eval_episodes,
+            EVALUATION_SEED,
+            interrupted=lambda: self._stop_signal is not None,
+        )
+        if evaluation is None:
+            return
+        self.last_evaluation = evaluation
+        later = progress.env_steps // config.eval_every * config.eval_every + config.eval_every
+        if progress.env_steps < config.env_steps:
+            later = min(later, config.env_steps)
+        progress.next_evaluation = later
+        self._log.record(
+            "evaluation",
+            progress.env_steps,
+            decisions=progress.decisions,
+            updates=self.learner.updates,
+            mean_return=evaluation.mean,
+            std_return=evaluation.std,
+            returns=evaluation.returns,
+            seconds=round(evaluation.seconds, 3),
+        )
+        progress.history = self._log.history
+        self._log.scalars(
+            progress.env_steps,
+            {"evaluation/return": evaluation.mean, "evaluation/std of return": evaluation.std},
+        )
+        self._log.progress(evaluation=f"{evaluation.mean:.0f}", doing="training")
+        self.save()
+
+    # --- Saving and going on ---------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Save everything that the rest of the run depends on."""
+        progress, episode = self.progress, self.episode
+        evaluation = self.last_evaluation
+        agent = SavedAgent(
+            model=self.model,
+            config=self.config.model,
+            task=self.config.task,
+            action_repeat=self.action_repeat,
+            provenance={
+                "seed": self.config.seed,
+                "env_steps": progress.env_steps,
+                "decisions": progress.decisions,
+                "updates": self.learner.updates,
+                "returns": evaluation.returns if evaluation else None,
+            },
+        )
+        training = {
+            "progress": vars(progress),
+            "updates": self.learner.updates,
+            "rng": self.rng.bit_generator.state,
+            "averages": vars(self._averages),
+            "device": self.device.type,
+            "episode": None
+            if episode is None
+            else {"planned": episode.planned, "rewards": episode.rewards},
+            "evaluation": vars(evaluation) if evaluation else None,
+        }
+        tensors: dict[str, Any] = self.learner.state() | {
+            "means": self.means,
+            "generator": self.generator.get_state(),
+        }
+        if episode is not None:
+            tensors["episode.observations"] = np.stack(episode.observations)
+            tensors["episode.actions"] = np.reshape(episode.actions, (-1, self.action_width))
+        return save_checkpoint(
+            self.run_dir, agent, training, {"training": tensors, "replay": self.replay.state()}
+        )
+
+    def load(self, folder: Path) -> None:
+        """Take up the state that `save` wrote.
+
+        Raises:
+            UserError: it is damaged, or is no run's state.
+        """
+        agent = load_agent(folder)
+        training, files = load_training(folder)
+        if training["device"] != self.device.type:
+            raise UserError(
+                f"'{folder}' was saved on {training['device']}, this is {self.device.type}; "
+                f"resume with device={training['device']}"
+            )
+        self.model.load_state_dict(agent.model.state_dict())
+        tensors = files["training"]
+        self.learner.load_state(tensors, training["updates"])
+        self.replay.load_state({name: array.numpy() for name, array in files["replay"].items()})
+        self.progress = Progress(**training["progress"])
+        self.rng.bit_generator.state = training["rng"]
+        self.generator.set_state(tensors["generator"])
+        self._averages = Averages(**training["averages"])
+        if training["evaluation"]:
+            self.last_evaluation = Evaluation(**training["evaluation"])
+        if self.progress.env_steps < self.config.env_steps:
+            self.progress.next_evaluation = min(
+                self.progress.next_evaluation, self.config.env_steps
+            )
+        self.means = tensors["means"].to(self.device)
+        if training["episode"]:
+            self._take_up_episode(
+                tensors["episode.actions"].numpy(),
+                tensors["episode.observations"].numpy(),
+                **training["episode"],
+            )
+
+    def _take_up_episode(
+        self, actions: np.ndarray, observations: np.ndarray, planned: bool, rewards: list[float]
+    ) -> None:
+        """Bring the simulator to where it was, by executing the episode's actions again."""
+        observation, _ = self.env.reset(seed=self._episode_seed(self.progress.episodes))
+        again = [observation]
+        for action in actions:
+            observation, *_ = self.env.step(action)
+            again.append(observation)
+        if not np.array_equal(np.stack(again), observations):
+            raise UserError(
+                f"task '{self.config.task}' does not repeat itself under the same seed and "
+                f"actions, so the episode in progress cannot be taken up again"
+            )
+        self.episode = EpisodeInProgress(again, planned, list(actions), rewards)
+
+    def _stop(self) -> None:
+        name = signal.Signals(self._stop_signal).name
+        self.save()
+        raise Stopped(
+            f"stopped by {name} at {self.progress.env_steps} env steps; "
+            f"go on with: python scripts/train.py resume={self.run_dir}",
+            self._stop_signal,
+        )
+
+    @contextmanager
+    def _signals_stop(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM stops the run after its present step; a second one at once."""
+
+        def remember(number: int, _frame) -> None:
+            signal.signal(number, signal.SIG_DFL)
+            self._stop_signal = number
+            print("\nsaving; once more to give up at once", file=sys.stderr)
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, remember) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _first_means(self) -> torch.Tensor:
+        return first_means(self.config.model.planner, 1, self.action_width, self.device)
+
+    def _episode_seed(self, episode: int) -> int:
+        """A seed of its own for each episode of each run."""
+        return int(np.random.SeedSequence([self.config.seed, episode]).generate_state(1)[0] >> 1)
+
+
+@dataclass
+class Averages:
+    """Means of metrics since they were last taken."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """The means by name; starts anew."""
+        means = {name: self.sums[name] / self.counts[name] for name in self.sums}
+        self.sums, self.counts = {}, {}
+        return means
+
+
+def _milliseconds(began: float) -> float:
+    return 1000 * (time.perf_counter() - began)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names, as TensorBoard wants them."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = "null" if value is None else value
+    return flat
