@@ -131,7 +131,8 @@ def plan(
         weights = scores[None, :, :, None]
         elite_mean = (weights * elite_actions).sum(2)  # [H, E, A]
         deviation = elite_actions - elite_mean.unsqueeze(2)
-        std = (weights * deviation.square()).sum(2).sqrt().clamp(floor, config.max_std)
+        std = (weights * deviation.square()).sum(2).sqrt()
+        std = std.clamp(max=config.max_std).clamp(min=floor)
         mean = config.momentum * mean + (1 - config.momentum) * elite_mean
 
     # Execute an elite's first action, drawn by score.
