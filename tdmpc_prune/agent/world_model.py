@@ -49,7 +49,7 @@ def mlp(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
     """Linear-ELU for each hidden width, then Linear."""
     layers: list[nn.Module] = []
     for width in hidden:
-        layers += [nn.Linear(inputs, width), nn.ELU(inplace=True)]
+        layers += [nn.Linear(inputs, width), nn.ELU()]
         inputs = width
     return nn.Sequential(*layers, nn.Linear(inputs, outputs))
 
@@ -62,7 +62,7 @@ def q_function(inputs: int, hidden: tuple[int, int]) -> nn.Sequential:
         nn.LayerNorm(first),
         nn.Tanh(),
         nn.Linear(first, second),
-        nn.ELU(inplace=True),
+        nn.ELU(),
         nn.Linear(second, 1),
     )
 
