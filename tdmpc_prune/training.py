@@ -187,6 +187,11 @@ class Trainer:
                 while self.step():
                     if self._stop_signal is not None:
                         self._stop()
+        except OSError as error:
+            raise RunError(
+                f"writing to '{self.run_dir}' failed: {error.strerror}; the newest checkpoint "
+                f"is whole, go on with resume={self.run_dir}"
+            ) from error
         finally:
             self._log.close()
             self.env.close()
@@ -306,8 +311,8 @@ class Trainer:
         except NonFiniteLoss as error:
             saved = self.save()
             raise RunError(
-                f"stopped after {self.learner.updates} updates because {error}; the state before "
-                f"is saved in {saved}; try a smaller model.learning.learning_rate"
+                f"stopped after {self.learner.updates} updates because {error}; the state is saved "
+                f"in {saved}; try a smaller model.learning.learning_rate"
             ) from error
         self.replay.set_priorities(starts, priorities)
         self.progress.updates_due -= 1

@@ -1,0 +1,26 @@
+"""A run that takes seconds, for tests of what surrounds the learning."""
+
+from dataclasses import replace
+
+from tdmpc_prune.agent.config import AgentConfig, LearningConfig, NetworkConfig, PlannerConfig
+from tdmpc_prune.config import TrainConfig
+
+AGENT = AgentConfig(
+    network=NetworkConfig(encoder_width=12, latent_width=6, hidden_width=16),
+    planner=PlannerConfig(horizon=3, iterations=2, samples=24, elites=6, schedule_decisions=60),
+    learning=LearningConfig(seed_decisions=40, batch=16, horizon=3, buffer_decisions=110),
+)
+
+
+def small_config(run_dir, **changes) -> TrainConfig:
+    """200 env steps of `Reach` with tiny networks, in a buffer that wraps."""
+    config = TrainConfig(
+        task="gym:tests.synthetic:Reach-v0",
+        model=AGENT,
+        env_steps=200,
+        eval_every=60,
+        eval_episodes=2,
+        device="cpu",
+        run_dir=str(run_dir),
+    )
+    return replace(config, **changes)

@@ -1,0 +1,68 @@
+"""Environments with known optima, as Gymnasium ids `tests.synthetic:<name>`."""
+
+import gymnasium
+import numpy as np
+
+
+class Reach(gymnasium.Env):
+    """A point on a line that starts at ±1 and moves by 0.25·action; each step pays 1 − x²."""
+
+    observation_space = gymnasium.spaces.Box(-2.0, 2.0, (1,), np.float32)
+    action_space = gymnasium.spaces.Box(-3.0, 3.0, (1,), np.float32)  # rescaled by make_env
+    speed = 0.25
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = float(self.np_random.choice([-1.0, 1.0]))
+        return self._observe(), {}
+
+    def step(self, action):
+        self.x = float(np.clip(self.x + self.speed * action[0] / 3, -2, 2))
+        return self._observe(), 1 - self.x**2, False, False, {}
+
+    def _observe(self):
+        return np.array([self.x], np.float32)
+
+
+REACH_STEPS = 20
+# At full speed: 0.75, 0.5, 0.25, 0, and then there.
+REACH_OPTIMUM = sum(1 - x**2 for x in (0.75, 0.5, 0.25)) + (REACH_STEPS - 3)
+
+
+class Ledge(Reach):
+    """Pays 1 + x a step, but ends for good where x exceeds 1: greed for x loses what follows."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = float(self.np_random.uniform(-0.5, 0.5))
+        return self._observe(), {}
+
+    def step(self, action):
+        self.x = max(self.x + self.speed * action[0] / 3, -2.0)
+        return self._observe(), 1 + self.x, self.x > 1, False, {}
+
+
+class OneStep(Reach):
+    """Terminates after its first step."""
+
+    def step(self, action):
+        observation, reward, *_ = super().step(action)
+        return observation, reward, True, False, {}
+
+
+class Dictionary(Reach):
+    observation_space = gymnasium.spaces.Dict({"x": Reach.observation_space})
+
+
+class Exploding(Reach):
+    """Its reward is not a number after a while."""
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        self.taken = getattr(self, "taken", 0) + 1
+        return observation, np.nan if self.taken > 40 else reward, *rest
+
+
+for name, environment in list(globals().items()):
+    if isinstance(environment, type) and issubclass(environment, Reach):
+        gymnasium.register(f"{name}-v0", environment, max_episode_steps=REACH_STEPS)

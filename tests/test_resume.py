@@ -1,0 +1,219 @@
+"""A run that is stopped or killed anywhere goes on with the numbers it would have had."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tdmpc_prune import training
+from tdmpc_prune.checkpoint import checkpoint_dir, load_tensors
+from tdmpc_prune.errors import RunError, UserError
+from tests.small import AGENT, small_config
+
+ROOT = Path(__file__).parents[1]
+
+
+class Killed(BaseException):
+    pass
+
+
+def history(run_dir):
+    """The history without wall-clock times."""
+    lines = [json.loads(line) for line in (run_dir / "history.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def final_state(run_dir):
+    """Every tensor of the newest checkpoint, and its counters."""
+    folder = checkpoint_dir(run_dir)
+    training_json = json.loads((folder / "training.json").read_text())
+    agent_json = json.loads((folder / "agent.json").read_text())
+    sums = training_json["sha256"] | agent_json["sha256"]
+    tensors = {
+        (name, key): value
+        for name in ("agent", "training", "replay")
+        for key, value in load_tensors(folder, name, sums).items()
+    }
+    return tensors, training_json["progress"], training_json["rng"]
+
+
+def assert_same_run(ours, theirs):
+    assert history(ours) == history(theirs)
+    (tensors, *rest), (others, *other_rest) = final_state(ours), final_state(theirs)
+    assert rest == other_rest
+    assert set(tensors) == set(others)
+    for key, value in tensors.items():
+        assert torch.equal(value, others[key]), key
+
+
+def resume(run_dir):
+    return training.resume(small_config(run_dir, resume=str(run_dir)), ["resume"])
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A run that nothing happened to, and the number of its steps."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    trainer = training.start(small_config(run_dir), [])
+    steps = 0
+
+    def count(step=trainer.step):
+        nonlocal steps
+        steps += 1
+        return step()
+
+    trainer.step = count
+    trainer.run()
+    return run_dir, steps
+
+
+def test_the_same_seed_gives_the_same_run(whole_run, tmp_path):
+    training.start(small_config(tmp_path / "again"), []).run()
+    assert_same_run(whole_run[0], tmp_path / "again")
+
+
+def test_another_seed_gives_another_run(whole_run, tmp_path):
+    training.start(small_config(tmp_path / "other", seed=2), []).run()
+    assert history(whole_run[0]) != history(tmp_path / "other")
+
+
+@pytest.mark.parametrize("part", [0.1, 0.31, 0.5, 0.68, 0.9, 0.999])
+def test_a_run_killed_anywhere_resumes_exactly(whole_run, tmp_path, part):
+    """Killed: nothing is saved at that moment."""
+    whole, steps = whole_run
+    trainer = training.start(small_config(tmp_path / "run"), [])
+    left = int(part * steps)
+
+    def killed(step=trainer.step):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        return step()
+
+    trainer.step = killed
+    with pytest.raises(Killed):
+        trainer.run()
+    resume(tmp_path / "run").run()
+    assert_same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("every", [1, 7, 50])
+def test_a_run_stopped_again_and_again_resumes_exactly(whole_run, tmp_path, every):
+    """Stopped: by a signal, at any step, in the middle of episodes and of series of updates."""
+    whole, steps = whole_run
+    run_dir = tmp_path / "run"
+    trainer = training.start(small_config(run_dir), [])
+    stops = 0
+    while True:
+        left = every if stops < 40 else steps  # 40 stops are enough
+
+        def interrupted(step=trainer.step, trainer=trainer):
+            nonlocal left
+            left -= 1
+            if left <= 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step()
+
+        trainer.step = interrupted
+        try:
+            trainer.run()
+            break
+        except training.Stopped as stopped:
+            assert stopped.signal_number == signal.SIGTERM
+            stops += 1
+            trainer = resume(run_dir)
+    assert stops >= min(40, steps // every - 2)
+    assert_same_run(whole, run_dir)
+
+
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_say_how_to_go_on(tmp_path, number, code):
+    process = command(tmp_path, "env_steps=100000", "eval_every=100000")
+    wait_for_line(tmp_path / "run/history.jsonl", 3)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert re.search(r"train\.py resume=\S*run", errors)
+    assert "Traceback" not in errors
+    assert (checkpoint_dir(tmp_path / "run") / "training.json").exists()
+
+
+def test_a_killed_process_resumes(whole_run, tmp_path):
+    process = command(tmp_path)
+    wait_for_line(tmp_path / "run/history.jsonl", 6)
+    process.kill()
+    process.communicate()
+    resume(tmp_path / "run").run()
+    assert_same_run(whole_run[0], tmp_path / "run")
+
+
+def command(folder, *overrides):
+    """`small_config` as a command line."""
+    settings = ["task=gym:tests.synthetic:Reach-v0", "env_steps=200", "eval_every=60"]
+    settings += ["eval_episodes=2", "device=cpu", f"run_dir={folder / 'run'}"]
+    for part in ("network", "planner", "learning"):
+        settings += [f"model.{part}.{k}={v}" for k, v in vars(getattr(AGENT, part)).items()]
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts/train.py"), *settings, *overrides],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_line(path, count):
+    deadline = time.monotonic() + 60
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert time.monotonic() < deadline, f"{path} never had {count} lines"
+        time.sleep(0.02)
+
+
+def test_a_longer_run_starts_from_a_finished_one(whole_run, tmp_path):
+    training.start(small_config(tmp_path / "run"), []).run()
+    longer = small_config(tmp_path / "run", resume=str(tmp_path / "run"), env_steps=300)
+    training.resume(longer, ["resume", "env_steps"]).run()
+    assert history(tmp_path / "run")[: len(history(whole_run[0]))] == history(whole_run[0])
+    assert history(tmp_path / "run")[-1]["env_steps"] == 300
+
+
+def test_other_settings_cannot_change_on_resume(whole_run):
+    run_dir = whole_run[0]
+    config = small_config(run_dir, resume=str(run_dir), seed=5)
+    with pytest.raises(UserError, match="seed cannot change"):
+        training.resume(config, ["resume", "seed"])
+
+
+def test_a_run_is_never_overwritten(whole_run):
+    with pytest.raises(UserError, match="already holds a run"):
+        training.start(small_config(whole_run[0]), [])
+
+
+def test_a_non_finite_loss_stops_the_run_with_a_saved_state(tmp_path):
+    task = "gym:tests.synthetic:Exploding-v0"
+    trainer = training.start(small_config(tmp_path / "run", task=task), [])
+    with pytest.raises(RunError, match="reward loss is nan"):
+        trainer.run()
+    tensors, *_ = final_state(tmp_path / "run")
+    for (name, key), value in tensors.items():
+        assert name == "replay" or torch.isfinite(value.float()).all(), key
+
+
+def test_episodes_of_one_decision(tmp_path):
+    """The shortest there are: terminated at once."""
+    config = small_config(tmp_path / "run", task="gym:tests.synthetic:OneStep-v0")
+    evaluation = training.start(replace(config, env_steps=120), []).run()
+    assert len(evaluation.returns) == 2
+    assert final_state(tmp_path / "run")[1]["episodes"] == 120
