@@ -11,6 +11,9 @@ class Reach(gymnasium.Env):
     action_space = gymnasium.spaces.Box(-3.0, 3.0, (1,), np.float32)  # rescaled by make_env
     speed = 0.25
 
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.x = float(self.np_random.choice([-1.0, 1.0]))
