@@ -1,0 +1,166 @@
+"""How long a decision and an update take, beside what their arithmetic alone would take."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from envs import make_env
+from tdmpc_prune.agent.config import AgentConfig
+from tdmpc_prune.agent.learner import Learner
+from tdmpc_prune.agent.planner import draw_noise, first_means, plan
+from tdmpc_prune.agent.replay import Episode, SequenceReplay
+from tdmpc_prune.agent.world_model import Widths, WorldModel
+
+_SQUARE = 512  # side of the matrices whose product gives the machine's rate
+_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One thing measured. The floor is its matrix products' operations over the machine's rate."""
+
+    what: str
+    milliseconds: float  # median
+    floor_milliseconds: float
+    gflop: float  # of matrix products, one multiply-accumulate counted as two
+
+    @property
+    def times_floor(self) -> float:
+        return self.milliseconds / self.floor_milliseconds
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Measurements of one model on one machine."""
+
+    device: str
+    threads: int
+    parameters: int
+    gflops: float  # measured rate of a 512 x 512 float32 product
+    measurements: list[Measurement]
+
+    def table(self) -> str:
+        """The measurements as Markdown."""
+        lines = [
+            f"{self.parameters} parameters, {self.device}, {self.threads} thread(s), "
+            f"{self.gflops:.0f} GFLOP/s in a {_SQUARE} x {_SQUARE} product",
+            "",
+            "| | ms (median) | floor, ms | times the floor | GFLOP |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {m.what} | {m.milliseconds:.2f} | {m.floor_milliseconds:.2f} "
+            f"| {m.times_floor:.1f} | {m.gflop:.3f} |"
+            for m in self.measurements
+        ]
+        return "\n".join(lines)
+
+    def as_json(self) -> dict:
+        measurements = [asdict(m) | {"times_floor": m.times_floor} for m in self.measurements]
+        return asdict(self) | {"measurements": measurements}
+
+
+def benchmark(
+    config: AgentConfig, task: str, environments: int, repeats: int, device: torch.device
+) -> Benchmark:
+    """Time decisions and updates of a freshly initialised agent.
+
+    Args:
+        config: the agent.
+        task: whose observation and action widths are used; nothing is simulated.
+        environments: decisions planned at once.
+        repeats: timed calls of each; the machine's rate is measured before and after them.
+        device: where.
+    """
+    env = make_env(task)
+    observation, action = env.observation_space.shape[0], env.action_space.shape[0]
+    env.close()
+    generator = torch.Generator(device).manual_seed(0)
+    model = WorldModel(Widths.dense(config.network, observation, action)).to(device)
+    decide, update = plan, Learner(model, config.planner, config.learning).update
+    if device.type == "cuda":
+        decide = torch.compile(plan, mode="reduce-overhead")
+
+    def decision() -> None:
+        noise = draw_noise(config.planner, environments, action, generator)
+        with torch.no_grad():
+            decide(model, observations, means, noise, config.planner, config.learning.discount)
+
+    observations = torch.zeros(environments, observation, device=device)
+    means = first_means(config.planner, environments, action, device)
+    batch, _ = _filled_replay(config, observation, action).sample(
+        config.learning.batch, np.random.default_rng(0), device
+    )
+    what = {
+        f"decision ({environments} at once)" if environments > 1 else "decision": decision,
+        "update": lambda: update(batch, generator),
+    }
+    before = _matrix_rate(device)
+    timed = {name: _median_milliseconds(call, repeats, device) for name, call in what.items()}
+    rate = statistics.median([before, _matrix_rate(device)])
+    return Benchmark(
+        device=str(device),
+        threads=torch.get_num_threads(),
+        parameters=sum(p.numel() for p in model.parameters()),
+        gflops=rate,
+        measurements=[
+            Measurement(name, timed[name], 1000 * flop / rate, flop)
+            for name, flop in ((name, _gflop(call)) for name, call in what.items())
+        ],
+    )
+
+
+def _filled_replay(config: AgentConfig, observation: int, action: int) -> SequenceReplay:
+    rng = np.random.default_rng(0)
+    learning = config.learning
+    length = 10 * learning.horizon
+    replay = SequenceReplay(
+        length,
+        observation,
+        action,
+        learning.horizon,
+        learning.priority_exponent,
+        learning.priority_correction,
+    )
+    replay.add(
+        Episode(
+            rng.normal(size=(length + 1, observation)).astype(np.float32),
+            rng.uniform(-1, 1, (length, action)).astype(np.float32),
+            rng.random(length).astype(np.float32),
+            terminated=False,
+        )
+    )
+    return replay
+
+
+def _gflop(call: Callable[[], None]) -> float:
+    """Operations of the matrix products that a call makes, counted while it runs."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / 1e9
+
+
+def _matrix_rate(device: torch.device) -> float:
+    """GFLOP/s of a float32 matrix product."""
+    matrix = torch.randn(_SQUARE, _SQUARE, device=device)
+    milliseconds = _median_milliseconds(lambda: matrix @ matrix, 50, device)
+    return 2 * _SQUARE**3 / milliseconds / 1e6
+
+
+def _median_milliseconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    times = []
+    for i in range(_WARM_UP + repeats):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if i >= _WARM_UP:
+            times.append(1000 * (time.perf_counter() - began))
+    return statistics.median(times)

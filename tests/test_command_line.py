@@ -1,0 +1,134 @@
+"""The commands as a person types them: help, results, and one line for wrong input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[1]
+REACH = "task=gym:tests.synthetic:Reach-v0"
+SMALL = [
+    REACH,
+    "env_steps=120",
+    "eval_every=60",
+    "eval_episodes=2",
+    "device=cpu",
+    "model.network.encoder_width=12",
+    "model.network.latent_width=6",
+    "model.network.hidden_width=16",
+    "model.planner.samples=24",
+    "model.planner.elites=6",
+    "model.learning.seed_decisions=40",
+    "model.learning.batch=16",
+]
+
+
+def run(script, *arguments, cwd):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / script), *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["task=cartpole-swngup"], "the closest are cartpole-swingup"),
+        (["task=gym:CartPole-v1"], "Discrete actions"),
+        (["task=gym:tests.synthetic:Dictionary-v0"], "Dict observations"),
+        (["sede=3"], "unknown setting 'sede'; did you mean seed"),
+        (["model.planner.sampels=3"], "did you mean model.planner.samples"),
+        (["seed=abc"], "seed=abc: Value 'abc' of type 'str' could not be converted to Integer"),
+        (["model.planner.elites=300"], "elites=300 cannot exceed model.planner.samples=256"),
+        (["model.planner.horizon=0"], "model.planner.horizon=0 must be at least 1"),
+        (["model.learning.discount=1.5"], "discount=1.5 must lie in"),
+        (["env_steps=-1"], "env_steps=-1 must be at least 1"),
+        (["action_repeat=0"], "action_repeat=0 must be at least 1"),
+        (["model=papr"], "the choices are default, paper"),
+        (["prune=nothing"], "prune=nothing is not a choice"),
+        (["device=tpu"], "device=tpu must be auto, cpu or cuda"),
+        (["resume=nowhere"], "'nowhere' is not the folder of a run"),
+        (["seed"], "missing EQUAL"),
+    ],
+)
+def test_wrong_input_is_one_line_and_nothing_starts(tmp_path, arguments, message):
+    done = run("train.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0], done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "benchmark.py"])
+def test_help_documents_every_setting(tmp_path, script):
+    done = run(script, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "device=auto" in done.stdout
+    settings = [line for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert all(len(line.split(maxsplit=1)) == 2 for line in settings)
+
+
+def test_train_evaluate_and_read_the_logs(tmp_path):
+    done = run("train.py", *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/gym-tests.synthetic-Reach-v0/none/seed1"
+    assert f"checkpoint={folder.relative_to(tmp_path)}" in done.stdout
+    assert "evaluation" in done.stderr and "loss" in done.stderr  # the progress bar
+
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    evaluations = [line for line in history if line["kind"] == "evaluation"]
+    assert [line["env_steps"] for line in evaluations] == [60, 120]
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    logged = [(e.step, e.value) for e in events.Scalars("evaluation/return")]
+    assert logged == pytest.approx([(e["env_steps"], e["mean_return"]) for e in evaluations])
+    for group in ("training", "losses", "gradients", "planner", "speed"):
+        assert any(tag.startswith(f"{group}/") for tag in tags), group
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+    done = run("evaluate.py", f"checkpoint={folder}", "episodes=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "over 3 episodes" in done.stdout
+
+    again = run("train.py", *SMALL, cwd=tmp_path)
+    assert again.returncode == 2 and "already holds a run" in again.stderr
+
+
+def test_sweeps(tmp_path):
+    done = run("train.py", "-m", *SMALL, "seed=1,2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/gym-tests.synthetic-Reach-v0/none"
+    assert sorted(path.name for path in folder.iterdir()) == ["seed1", "seed2"]
+    done = run("curves.py", str(folder / "seed1"), str(folder / "seed2"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| 2 |" in done.stdout
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+    assert len((tmp_path / "curves.csv").read_text().splitlines()) == 1 + 2 * 2 * 2
+
+
+def test_benchmark(tmp_path):
+    done = run("benchmark.py", *SMALL[5:], "repeats=2", "json=speed.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "speed.json").read_text())
+    decision, update = result["measurements"]
+    assert (decision["what"], update["what"]) == ("decision", "update")
+    assert 0 < decision["floor_milliseconds"] < decision["milliseconds"]
+    assert "times the floor" in done.stdout
+
+
+def test_a_missing_or_foreign_checkpoint_is_one_line(tmp_path):
+    (tmp_path / "agent.json").write_text("{}")
+    for checkpoint, message in (("nowhere", "does not exist"), (".", "not a checkpoint")):
+        done = run("evaluate.py", f"checkpoint={checkpoint}", cwd=tmp_path)
+        assert done.returncode == 2
+        assert len(done.stderr.strip().splitlines()) == 1 and message in done.stderr

@@ -1,0 +1,61 @@
+"""It learns: synthetic environments with known optima, in seconds. Curves are slow tests."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tdmpc_prune import training
+from tdmpc_prune.config import TrainConfig
+from tests.small import AGENT, small_config
+from tests.synthetic import REACH_OPTIMUM
+
+LEARNER = replace(
+    AGENT,
+    planner=replace(AGENT.planner, iterations=4, samples=64, elites=12, schedule_decisions=400),
+    learning=replace(AGENT.learning, seed_decisions=200, batch=64, buffer_decisions=5000),
+)
+
+
+def test_it_reaches_the_known_optimum(tmp_path):
+    config = small_config(
+        tmp_path / "run", model=LEARNER, env_steps=1000, eval_every=1000, eval_episodes=10
+    )
+    evaluation = training.start(config, []).run()
+    assert evaluation.mean > 0.97 * REACH_OPTIMUM
+    assert evaluation.mean < REACH_OPTIMUM + 1e-6
+
+
+def test_it_learns_that_termination_ends_the_reward(tmp_path):
+    """At the ledge every step pays more the further on, but stepping over it ends the episode."""
+    config = small_config(
+        tmp_path / "run",
+        task="gym:tests.synthetic:Ledge-v0",
+        model=LEARNER,
+        env_steps=1500,
+        eval_every=1500,
+        eval_episodes=10,
+    )
+    trainer = training.start(config, [])
+    trainer.run()
+    model = trainer.model
+    with torch.no_grad():
+        latent = model.encode(torch.tensor([[0.95], [0.0]]))
+        over, still = model.min_q(latent, torch.tensor([[1.0], [0.0]]))
+    # Stepping over pays about 2 and nothing after; staying pays about 1 each decision.
+    assert over < 5 < still
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "env_steps", "least"), [("cartpole-swingup", 25_000, 800), ("walker-walk", 50_000, 900)]
+)
+def test_published_tasks(tmp_path, task, env_steps, least):
+    """Slow: minutes of training on the real task."""
+    config = TrainConfig(
+        task=task, env_steps=env_steps, eval_every=env_steps, run_dir=str(tmp_path / "run")
+    )
+    evaluation = training.start(config, []).run()
+    assert evaluation.mean >= least
+    assert np.isfinite(evaluation.returns).all()
