@@ -74,7 +74,7 @@ def _make_gym(task: str, render_mode: str | None) -> gymnasium.Env:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Gymnasium on older versions of its own tasks
             env = gymnasium.make(gym_id, render_mode=render_mode, disable_env_checker=True)
-    except (gymnasium.error.UnregisteredEnv) as error:
+    except gymnasium.error.UnregisteredEnv as error:
         raise TaskError(f"unknown task '{task}'; {closest_gym_ids(gym_id)}") from error
     except (gymnasium.error.Error, ImportError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -69,9 +69,7 @@ def evaluate(
     while running and not interrupted():
         inputs = torch.from_numpy(np.stack([observations[i] for i in running])).to(device)
         noise = draw_noise(config.planner, len(running), action_width, generator)
-        decision = plan(
-            model, inputs, means, noise, config.planner, config.learning.discount
-        )
+        decision = plan(model, inputs, means, noise, config.planner, config.learning.discount)
         means = decision.means
         decisions += len(running)
         ended = []

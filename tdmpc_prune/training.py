@@ -303,9 +303,7 @@ class Trainer:
     def _update(self) -> None:
         """One update from the replay buffer."""
         began = time.perf_counter()
-        batch, starts = self.replay.sample(
-            self.config.model.learning.batch, self.rng, self.device
-        )
+        batch, starts = self.replay.sample(self.config.model.learning.batch, self.rng, self.device)
         try:
             metrics, priorities = self.learner.update(batch, self.generator)
         except NonFiniteLoss as error:
@@ -470,7 +468,7 @@ class Trainer:
 
     @contextmanager
     def _signals_stop(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM stops the run after its present step; a second one at once."""
+        """The first SIGINT or SIGTERM stops the run after its present step, a second at once."""
 
         def remember(number: int, _frame) -> None:
             signal.signal(number, signal.SIG_DFL)

@@ -147,7 +147,9 @@ def test_a_non_finite_loss_names_its_term_and_changes_nothing(field, term):
     with pytest.raises(NonFiniteLoss) as error:
         learner.update(broken, torch.Generator().manual_seed(0))
     assert error.value.term == term
-    assert all(torch.equal(value, before[name]) for name, value in learner.model.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in learner.model.state_dict().items()
+    )
     assert learner.updates == 0
 
 

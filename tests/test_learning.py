@@ -49,7 +49,8 @@ def test_it_learns_that_termination_ends_the_reward(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("task", "env_steps", "least"), [("cartpole-swingup", 25_000, 800), ("walker-walk", 50_000, 900)]
+    ("task", "env_steps", "least"),
+    [("cartpole-swingup", 25_000, 800), ("walker-walk", 50_000, 900)],
 )
 def test_published_tasks(tmp_path, task, env_steps, least):
     """Slow: minutes of training on the real task."""

@@ -157,7 +157,5 @@ def test_cuda_decisions_equal_the_cpu_ones():
     moved = PlannerNoise(**{name: value.cuda() for name, value in vars(noise).items()})
     captured = torch.compile(plan, mode="reduce-overhead")
     for _ in range(3):
-        decision = captured(
-            model.cuda(), observations.cuda(), means.cuda(), moved, CONFIG, 0.99
-        )
+        decision = captured(model.cuda(), observations.cuda(), means.cuda(), moved, CONFIG, 0.99)
     torch.testing.assert_close(decision.actions.cpu(), expected.actions, rtol=1e-3, atol=1e-3)

@@ -168,7 +168,10 @@ def test_a_full_disk_loses_no_earlier_checkpoint(copy):
         "except Exception as error:\n    print(type(error).__name__, error)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.startswith(RunError.__name__), done.stderr
     assert "could not be saved" in done.stdout

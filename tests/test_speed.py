@@ -42,9 +42,7 @@ def test_not_slower_than_the_plain_implementation(preset):
     plain = PlainLearner(
         other, copy.deepcopy(other).requires_grad_(False), config.planner, config.learning
     )
-    batch, _ = _filled_replay(config, 5, 1).sample(
-        config.learning.batch, np.random.default_rng(0)
-    )
+    batch, _ = _filled_replay(config, 5, 1).sample(config.learning.batch, np.random.default_rng(0))
     noise = torch.randn(11, config.learning.batch, 1)
     update = ratio(lambda: plain.update(batch, noise), lambda: learner.update(batch, generator))
     means, observation = first_means(config.planner, 1, 1), torch.zeros(1, 5)
