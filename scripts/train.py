@@ -9,10 +9,8 @@ from tdmpc_prune.config import TrainConfig
 
 def train(config: TrainConfig, given: list[str]) -> None:
     """Train a TD-MPC agent on a control task, or go on with a run (resume=<its folder>)."""
-    if config.resume:
-        trainer = training.resume(config, given)
-    else:
-        trainer = training.start(config, sys.argv)
+    fresh = not config.resume
+    trainer = training.start(config, sys.argv) if fresh else training.resume(config, given)
     try:
         evaluation = trainer.run()
     except training.Stopped as stopped:
