@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,25 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 _SECONDS_BETWEEN_REFRESHES = 0.5
+
+
+@dataclass
+class Averages:
+    """Means of metrics since they were last taken."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """The means by name; starts anew."""
+        means = {name: self.sums[name] / self.counts[name] for name in self.sums}
+        self.sums, self.counts = {}, {}
+        return means
 
 
 class RunLog:
@@ -47,7 +67,7 @@ class RunLog:
 
     def hyperparameters(self, settings: dict[str, Any]) -> None:
         """Fill TensorBoard's hyperparameter tab, with the evaluation return as the outcome."""
-        for summary in hparams(settings, {"evaluation/return": 0.0}):
+        for summary in hparams(_flat(settings), {"evaluation/return": 0.0}):
             self._writer.file_writer.add_summary(summary)
 
     def record(self, kind: str, env_steps: int, **values: Any) -> None:
@@ -76,3 +96,14 @@ class RunLog:
         """Finish the files."""
         self._writer.close()
         self._bar.close()
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names, as TensorBoard wants them."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = "null" if value is None else value
+    return flat

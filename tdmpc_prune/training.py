@@ -39,7 +39,7 @@ from tdmpc_prune.checkpoint import (
 from tdmpc_prune.config import TrainConfig, from_plain, to_plain
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.evaluation import Evaluation, evaluate
-from tdmpc_prune.run_log import RunLog
+from tdmpc_prune.run_log import Averages, RunLog
 from tdmpc_prune.runtime import choose_device, set_threads
 
 EVALUATION_SEED = 1_000_000  # the initial states of evaluations are the same in every run
@@ -181,7 +181,7 @@ class Trainer:
         self._log = RunLog(
             self.run_dir, self.progress.env_steps, self.config.env_steps, self.progress.history
         )
-        self._log.hyperparameters(_flat(to_plain(self.config)))
+        self._log.hyperparameters(to_plain(self.config))
         try:
             with self._signals_stop():
                 while self.step():
@@ -491,35 +491,5 @@ class Trainer:
         return int(np.random.SeedSequence([self.config.seed, episode]).generate_state(1)[0] >> 1)
 
 
-@dataclass
-class Averages:
-    """Means of metrics since they were last taken."""
-
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def take(self) -> dict[str, float]:
-        """The means by name; starts anew."""
-        means = {name: self.sums[name] / self.counts[name] for name in self.sums}
-        self.sums, self.counts = {}, {}
-        return means
-
-
 def _milliseconds(began: float) -> float:
     return 1000 * (time.perf_counter() - began)
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names, as TensorBoard wants them."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = "null" if value is None else value
-    return flat
