@@ -172,6 +172,8 @@ class Learner:
         )
         noise = (self._noise_std * noise).clamp(-self._noise_clip, self._noise_clip)
 
+        if self.device.type == "cuda":  # what the last update's graphs returned is done with
+            torch.compiler.cudagraph_mark_step_begin()
         losses = self._model_loss(self.model, self.target, batch, noise[:horizon], self.config)
         model_norm = self._backward(losses.total / horizon, self._model_parameters)
         metrics = self._checked(
