@@ -58,7 +58,7 @@ class RunLog:
             part = run_dir / ".history.jsonl.part"
             part.write_text("".join(kept))
             os.replace(part, self._history_path)
-        self._writer = SummaryWriter(str(run_dir), purge_step=env_steps + 1 if env_steps else None)
+        self._writer = SummaryWriter(str(run_dir), purge_step=env_steps + 1)
         self._bar = tqdm(
             total=total_env_steps, initial=env_steps, unit="env step", dynamic_ncols=True
         )

@@ -43,7 +43,7 @@ def test_sum_tree_repeated_places_take_one_weight():
 @settings(deadline=None, max_examples=150)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=1, max_size=12),
-    capacity=st.integers(4, 40),
+    capacity=st.integers(7, 40),
     horizon=st.integers(1, 6),
     seed=st.integers(0, 1000),
 )
@@ -59,13 +59,7 @@ def test_samples_are_what_happened(lengths, capacity, horizon, seed):
             terminal.add(first + length - 1)
         first += length + 1  # the last observation takes a number, too
     rng = np.random.default_rng(seed)
-    try:
-        batch, starts = replay.sample(16, rng)
-    except ValueError:
-        # Only where every kept decision is too near to the end of a long, unterminated episode.
-        length, terminated = lengths[-1]
-        assert not terminated and length > horizon and capacity <= horizon
-        return
+    batch, starts = replay.sample(16, rng)
     stored = sorted(ends)[-min(len(ends), capacity) :]
     for b in range(16):
         step = int(batch.observation[b, 0])

@@ -134,6 +134,11 @@ class LearningConfig:
         for name in ("batch", "horizon", "target_every", "buffer_decisions"):
             value = getattr(self, name)
             require(value >= 1, f"model.learning.{name}={value} must be at least 1")
+        require(
+            self.buffer_decisions > self.horizon,
+            f"model.learning.buffer_decisions={self.buffer_decisions} must exceed "
+            f"model.learning.horizon={self.horizon}",
+        )
         for name in ("learning_rate", "gradient_clip"):
             value = getattr(self, name)
             require(value > 0, f"model.learning.{name}={value} must be positive")
