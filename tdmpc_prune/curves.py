@@ -99,6 +99,8 @@ def draw(points: list[Point], path: Path) -> None:
         axis.plot(shared, mean, color="C0", linewidth=2, marker="o", markersize=3)
         axis.set_title(f"{task} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})", fontsize=10)
         axis.set_xlabel("env steps (simulator steps)")
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("evaluation return")
     figure.savefig(path, dpi=120)
