@@ -13,8 +13,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tdmpc_prune.agent.config import PRESETS, AgentConfig, require, setting
+from tdmpc_prune.agent.config import PRESETS, AgentConfig
 from tdmpc_prune.errors import UserError
+from tdmpc_prune.settings import require, setting
 
 
 @dataclass(frozen=True)

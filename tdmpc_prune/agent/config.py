@@ -6,22 +6,9 @@ text. The `paper` preset is the published agent (Hansen, Wang, Su 2022, and its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from tdmpc_prune.errors import UserError
-
-
-def setting(default, text: str):
-    """A field with its documentation, which `--help` prints."""
-    if isinstance(default, type):
-        return field(default_factory=default, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
-def require(holds: bool, message: str) -> None:
-    """Refuse a configuration whose values contradict each other."""
-    if not holds:
-        raise UserError(message)
+from tdmpc_prune.settings import require, setting
 
 
 @dataclass(frozen=True)

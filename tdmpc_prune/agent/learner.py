@@ -109,6 +109,12 @@ def policy_loss(
     return -(rho_weights(config, values) * valid * values).mean(1).sum()
 
 
+@torch.no_grad()
+def move_target(target: WorldModel, model: WorldModel, rate: float) -> None:
+    """One step of the target's moving average: target ← target + rate · (model − target)."""
+    torch._foreach_lerp_(list(target.parameters()), list(model.parameters()), rate)
+
+
 def rho_weights(config: LearningConfig, like: Tensor) -> Tensor:
     """rho^t as `[T, 1]`, for `like` `[T, B]`."""
     steps = torch.arange(len(like), device=like.device, dtype=like.dtype)
@@ -196,7 +202,7 @@ class Learner:
 
         self.updates += 1
         if self.updates % self.config.target_every == 0:
-            self._move_target()
+            move_target(self.target, self.model, self.config.target_rate)
         return metrics, losses.priorities.cpu().numpy()
 
     def _backward(self, loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
@@ -218,12 +224,6 @@ class Learner:
         for hook in self.gradient_hooks:
             hook(loss, self.model)
         optimiser.step()
-
-    @torch.no_grad()
-    def _move_target(self) -> None:
-        torch._foreach_lerp_(
-            list(self.target.parameters()), list(self.model.parameters()), self.config.target_rate
-        )
 
     def state(self) -> dict[str, Tensor]:
         """Target weights and both optimisers' moments, by the names of their parameters."""

@@ -1,0 +1,267 @@
+"""Widths that can be cut, found by tracing: units, groups, and what each of them costs (ours).
+
+A unit is a class of tied indices: everything that has to go when one channel goes. A group is all
+units that lie in the same places: one width. It is component-specific if its parameters lie in one
+component, and coupling if they lie in several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from tabulate import tabulate
+
+from tdmpc_prune.errors import UserError
+from tdmpc_prune.pruning.tracing import OUTSIDE, Computation, Count, Trace, trace
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a group owns along one dimension of one parameter or buffer."""
+
+    network: str
+    tensor: str
+    dim: int
+    index: np.ndarray  # [n] positions along the dimension
+    unit: np.ndarray  # [n] the group's unit that each belongs to
+
+
+@dataclass(frozen=True)
+class Group:
+    """All units of one width. Units are numbered by their place in the layer that writes them."""
+
+    name: str  # the layers that write it, joined by "+"
+    components: tuple[str, ...]
+    width: int
+    slices: tuple[Slice, ...]
+    layers: tuple[str, ...]  # of the counted network, that it touches
+
+    @property
+    def coupling(self) -> bool:
+        return len(self.components) > 1
+
+    @property
+    def kind(self) -> str:
+        return "coupling" if self.coupling else "specific"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A product of sizes that depend on the widths: parameters, or multiply-accumulates."""
+
+    component: str
+    constant: int
+    factors: tuple[tuple[int, tuple[tuple[str, int], ...]], ...]  # fixed + Σ times · width
+
+    def at(self, widths: Mapping[str, int]) -> int:
+        value = self.constant
+        for fixed, parts in self.factors:
+            value *= fixed + sum(times * widths[group] for group, times in parts)
+        return value
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The groups of a computation, and how its size follows from their widths."""
+
+    groups: tuple[Group, ...]
+    parameter_sizes: tuple[Size, ...]
+    mac_sizes: tuple[Size, ...]
+    bare_norms: tuple[tuple[str, str, str], ...]  # (network, LayerNorm without weights, group)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Group → units."""
+        return {group.name: group.width for group in self.groups}
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(size.component for size in self.parameter_sizes))
+
+    def parameters(self, widths: Mapping[str, int] | None = None) -> dict[str, int]:
+        """Component → parameters of the counted network, at these widths (the present ones)."""
+        return _by_component(self.parameter_sizes, self.widths if widths is None else widths)
+
+    def macs(self, widths: Mapping[str, int] | None = None) -> dict[str, int]:
+        """Component → multiply-accumulates of the counted computation, at these widths."""
+        return _by_component(self.mac_sizes, self.widths if widths is None else widths)
+
+    def per_unit(self, group: str) -> tuple[int, int]:
+        """Parameters and multiply-accumulates that go with one unit of `group`."""
+        widths = self.widths
+        less = widths | {group: widths[group] - 1}
+        return (
+            sum(self.parameters().values()) - sum(self.parameters(less).values()),
+            sum(self.macs().values()) - sum(self.macs(less).values()),
+        )
+
+    def coupled_layers(self) -> tuple[str, ...]:
+        """The layers that coupling groups touch."""
+        return tuple(dict.fromkeys(x for g in self.groups if g.coupling for x in g.layers))
+
+    def table(self) -> str:
+        """The groups as Markdown: what they are, and what a unit of each costs."""
+        parameters, macs = sum(self.parameters().values()), sum(self.macs().values())
+        coupled = set(self.coupled_layers())
+        rows = []
+        for group in self.groups:
+            own, own_macs = self.per_unit(group.name)
+            layers = ", ".join(f"{x}*" if x in coupled else x for x in group.layers)
+            rows.append(
+                [group.name, group.kind, ", ".join(group.components), group.width]
+                + [own, f"{group.width * own / parameters:.1%}"]
+                + [own_macs, f"{group.width * own_macs / max(macs, 1):.1%}", layers]
+            )
+        head = ["group", "kind", "components", "width", "parameters per unit", "share"]
+        head += ["planning MACs per unit", "share", "layers (* coupled)"]
+        right = ("left",) * 3 + ("right",) * 5 + ("left",)
+        table = tabulate(rows, head, tablefmt="github", colalign=right)
+        return (
+            f"{table}\n\n{len(rows)} groups ({sum(g.coupling for g in self.groups)} coupling), "
+            f"{parameters} parameters, {macs} planning MACs per decision. A weight belongs to the "
+            f"unit that writes it and to the one that reads it, so shares add up to more than 100 %."
+        )
+
+
+def _by_component(sizes: tuple[Size, ...], widths: Mapping[str, int]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for size in sizes:
+        total[size.component] = total.get(size.component, 0) + size.at(widths)
+    return total
+
+
+def find_groups(computation: Computation) -> Structure:
+    """Trace a computation and return its groups, in the order of its parameters.
+
+    Raises:
+        UnknownOperation: see `trace`.
+        UserError: see `trace`; or a width of a following network is tied to none of the counted.
+    """
+    seen = trace(computation)
+    counted = next(iter(computation.networks))
+    outside = seen.classes[OUTSIDE]
+    members, group_of, unit_of = _group_classes(seen)
+
+    # The slices of each group, axis by axis.
+    slices: list[list[Slice]] = [[] for _ in members]
+    written: list[list[str]] = [[] for _ in members]
+    for axis in seen.axes:
+        classes = seen.classes[axis.nodes]
+        for number in np.unique(group_of[classes[classes != outside]]):
+            index = np.flatnonzero((group_of[classes] == number) & (classes != outside))
+            unit = unit_of[classes[index]]
+            slices[number].append(Slice(axis.network, axis.tensor, axis.dim, index, unit))
+            if axis.network == counted and int(axis.nodes[0]) in seen.written:
+                written[number].append(_layer(axis.tensor))
+
+    components = {
+        name: module.component
+        for name, module in computation.networks[counted].named_modules()
+        if hasattr(module, "component")
+    }
+    groups = []
+    for number, own in enumerate(slices):
+        counted_slices = [s for s in own if s.network == counted]
+        if not counted_slices:
+            s = own[0]
+            raise UserError(
+                f"'{s.tensor}' of network '{s.network}' is tied to nothing in '{counted}': the "
+                f"traced computation lacks what keeps them alike (the target's moving average)"
+            )
+        layers = tuple(dict.fromkeys(_layer(s.tensor) for s in counted_slices))
+        groups.append(
+            Group(
+                name="+".join(dict.fromkeys(written[number])) or layers[0],
+                components=tuple(dict.fromkeys(components[layer] for layer in layers)),
+                width=len(members[number]),
+                slices=tuple(own),
+                layers=layers,
+            )
+        )
+    groups = _distinct_names(groups)
+    names = [group.name for group in groups]
+
+    def sizes(counts: tuple[Count, ...]) -> tuple[Size, ...]:
+        return tuple(_size(count, seen.classes, outside, group_of, groups) for count in counts)
+
+    return Structure(
+        groups=tuple(groups),
+        parameter_sizes=sizes(seen.parameters),
+        mac_sizes=sizes(seen.macs),
+        bare_norms=tuple(
+            (network, module, names[group_of[seen.classes[nodes[0]]]])
+            for network, module, nodes in seen.bare_norms
+            if seen.classes[nodes[0]] != outside
+        ),
+    )
+
+
+def _group_classes(seen: Trace) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Group the classes of tied nodes by the places where they occur, and how often.
+
+    Returns:
+        The classes of each group in the order of their units; and for each class its group and its
+        unit (meaningless for the outside).
+    """
+    places = [axis.nodes for axis in seen.axes]
+    places += [nodes for count in seen.macs for nodes in count.factors]
+    class_count = seen.classes.max() + 1
+    occurrences = np.zeros((class_count, len(places)), np.int32)
+    first = np.full(class_count, np.iinfo(np.int64).max)
+    for number, nodes in enumerate(places):
+        np.add.at(occurrences[:, number], seen.classes[nodes], 1)
+    np.minimum.at(first, seen.classes, np.arange(len(seen.classes)))
+    inside = np.flatnonzero(np.arange(class_count) != seen.classes[OUTSIDE])
+    inside = inside[np.argsort(first[inside])]
+
+    group_of = np.zeros(class_count, int)
+    unit_of = np.zeros(class_count, int)
+    members: dict[bytes, list[int]] = {}
+    for number in inside:
+        members.setdefault(occurrences[number].tobytes(), []).append(number)
+    for group, classes in enumerate(members.values()):
+        group_of[classes] = group
+        unit_of[classes] = np.arange(len(classes))
+    return [np.array(classes) for classes in members.values()], group_of, unit_of
+
+
+def _size(
+    count: Count,
+    classes: np.ndarray,
+    outside: int,
+    group_of: np.ndarray,
+    groups: list[Group],
+) -> Size:
+    factors = []
+    for nodes in count.factors:
+        own = classes[nodes]
+        inside = own[own != outside]
+        numbers, occurrences = np.unique(group_of[inside], return_counts=True)
+        parts = tuple(
+            (groups[number].name, int(times) // groups[number].width)
+            for number, times in zip(numbers, occurrences, strict=True)
+        )
+        factors.append((len(own) - len(inside), parts))
+    return Size(count.component, count.constant, tuple(factors))
+
+
+def _layer(tensor: str) -> str:
+    """The module that a parameter lies in."""
+    return tensor.rpartition(".")[0]
+
+
+def _distinct_names(groups: list[Group]) -> list[Group]:
+    """Groups that the same layer writes (parts of its width) are numbered."""
+    count: dict[str, int] = {}
+    for group in groups:
+        count[group.name] = count.get(group.name, 0) + 1
+    seen: dict[str, int] = {}
+    found = []
+    for group in groups:
+        if count[group.name] > 1:
+            seen[group.name] = seen.get(group.name, 0) + 1
+            group = replace(group, name=f"{group.name}#{seen[group.name]}")
+        found.append(group)
+    return found

@@ -1,0 +1,499 @@
+"""What each PyTorch operation does to channels: one rule per operation (ours).
+
+A rule gets the watcher, the operation's arguments by name and its result; it ties what the
+operation brings together and returns the labels of the result (or a list, one per result). It is
+only asked where an argument carries nodes. Dimensions that a rule does not pass on are no channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdmpc_prune.errors import UserError
+
+if TYPE_CHECKING:
+    from tdmpc_prune.pruning.tracing import Watcher
+
+Labels = tuple[np.ndarray | None, ...]  # per dimension: the node of each index, or no nodes
+Rule = Callable[["Watcher", dict[str, Any], Any], "Labels | list[Labels]"]
+
+
+class UnknownOperation(UserError):
+    """The computation does something to a prunable channel that there is no rule for."""
+
+
+_RULES: dict[str, Rule] = {}
+
+
+def find_rule(operation: torch._ops.OpOverload) -> Rule | None:
+    """The rule for an operation; an in-place one has that of its plain form."""
+    name = operation.overloadpacket.__name__.removesuffix("_")
+    if name in _RULES:
+        return _RULES[name]
+    if name.startswith("_foreach_"):
+        return _foreach
+    return elementwise if torch.Tag.pointwise in operation.tags else None
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operations, by their ATen names."""
+
+    def register(function: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def _refuse(watcher: Watcher, what: str) -> None:
+    raise UnknownOperation(f"{what} in {watcher.place()} has no pruning rule")
+
+
+def _only_beside(watcher: Watcher, labels: Labels, dims, what: str) -> None:
+    """Refuse an operation whose result depends on the order or number of prunable channels."""
+    if any(labels[dim] is not None for dim in dims):
+        _refuse(watcher, f"{what} along a prunable dimension")
+
+
+def _dims(dim: int | list[int] | None, count: int) -> list[int]:
+    """Dimensions as non-negative numbers; None or none means all."""
+    if dim is None or dim == []:
+        return list(range(count))
+    return [d % count for d in ([dim] if isinstance(dim, int) else dim)]
+
+
+# --- One element at a time ------------------------------------------------------------------
+
+
+@rule("_prelu_kernel", "hardswish", "copy", "_to_copy", "detach", "alias", "lift_fresh")
+@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+@rule("bernoulli", "uniform", "normal", "fill", "zero", "native_dropout")
+def elementwise(w: Watcher, given: dict[str, Any], result: Any) -> Labels:
+    """Operands that meet, after broadcasting, are tied. Every operation that PyTorch itself calls
+    pointwise has this rule."""
+    return _meet(w, [value for value in given.values() if isinstance(value, Tensor)])
+
+
+def _meet(w: Watcher, tensors: list[Tensor]) -> Labels:
+    """Tie tensors that are broadcast together, and return their common labels."""
+    common: list[np.ndarray | None] = []
+    for back in range(1, max(tensor.dim() for tensor in tensors) + 1):
+        present = [
+            w.labels(tensor)[-back]
+            for tensor in tensors
+            if tensor.dim() >= back and tensor.shape[-back] != 1
+        ]
+        label = next((nodes for nodes in present if nodes is not None), None)
+        if label is not None:
+            for other in present:
+                w.tie(label, other)
+        common.insert(0, label)
+    return tuple(common)
+
+
+def _foreach(w: Watcher, given: dict[str, Any], result: Any) -> list[Labels]:
+    lists = [value for value in given.values() if isinstance(value, list) and value]
+    lists = [value for value in lists if isinstance(value[0], Tensor)]
+    return [_meet(w, list(tensors)) for tensors in zip(*lists, strict=True)]
+
+
+@rule("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy")
+def _loss(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    common = elementwise(w, given, result)
+    return common if result.dim() == len(common) else ()
+
+
+# --- Shapes ---------------------------------------------------------------------------------
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias")
+def _view(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    """Runs of dimensions with equal products are merged or split on their own."""
+    source: Tensor = given["self"]
+    old, new = list(source.shape), list(result.shape)
+    labels = w.labels(source)
+    asked = given["size"]
+    found: list[np.ndarray | None] = [None] * len(new)
+    i = j = 0
+    while i < len(old) and j < len(new):
+        first_old, first_new = i, j
+        i, j = i + 1, j + 1
+        while math.prod(old[first_old:i]) != math.prod(new[first_new:j]):
+            if math.prod(old[first_old:i]) < math.prod(new[first_new:j]):
+                i += 1
+            else:
+                j += 1
+        run = [(old[d], labels[d]) for d in range(first_old, i)]
+        if any(nodes is not None for _, nodes in run):
+            grid = _merge(w, run).reshape(new[first_new:j])
+            found[first_new:j] = _split(w, grid, list(asked[first_new:j]))
+    return tuple(found)
+
+
+def _merge(w: Watcher, run: list[tuple[int, np.ndarray | None]]) -> np.ndarray:
+    """The nodes of dimensions flattened into one. Of several channel dimensions (the members of a
+    stacked ensemble and their width) the last is the width; the others stay whole."""
+    labelled = [place for place, (_, nodes) in enumerate(run) if nodes is not None]
+    for place in labelled[:-1]:
+        w.tie(run[place][1], None)
+    last = labelled[-1]
+    shape = [-1 if place == last else 1 for place in range(len(run))]
+    return np.broadcast_to(run[last][1].reshape(shape), [size for size, _ in run]).reshape(-1)
+
+
+def _split(w: Watcher, grid: np.ndarray, asked: list[int]) -> list[np.ndarray | None]:
+    """Labels of the dimensions that a flat one was split into.
+
+    If the nodes vary along one of them, that one carries them. If along several, they are blocks
+    (SimNorm): the first dimension, or the one asked for as -1, can shrink by whole blocks.
+    """
+    labels: list[np.ndarray | None] = [None] * grid.ndim
+    varying = [d for d in range(grid.ndim) if (grid != grid.take([0], d)).any()]
+    if not varying:  # all alike: a unit that was spread out, or the outside
+        varying = [0]
+    free = [d for d in varying if asked[d] == -1]
+    kept = free[0] if free else varying[0]
+    blocks = np.moveaxis(grid, kept, 0).reshape(grid.shape[kept], -1)
+    label = w.array(np.ascontiguousarray(blocks[:, 0]))
+    for column in blocks.T[1:]:
+        if not np.array_equal(column, label):
+            w.tie(label, w.array(np.ascontiguousarray(column)))
+    labels[kept] = label
+    return labels
+
+
+@rule("permute")
+def _permute(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    labels = w.labels(given["self"])
+    return tuple(labels[d] for d in given["dims"])
+
+
+@rule("t")
+def _t(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    return w.labels(given["self"])[::-1]
+
+
+@rule("transpose")
+def _transpose(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    labels = list(w.labels(given["self"]))
+    one, other = given["dim0"], given["dim1"]
+    labels[one], labels[other] = labels[other], labels[one]
+    return tuple(labels)
+
+
+@rule("unsqueeze")
+def _unsqueeze(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    labels = list(w.labels(given["self"]))
+    labels.insert(given["dim"] % result.dim(), None)
+    return tuple(labels)
+
+
+@rule("squeeze")
+def _squeeze(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    source: Tensor = given["self"]
+    gone = [d for d in _dims(given.get("dim"), source.dim()) if source.shape[d] == 1]
+    return tuple(nodes for d, nodes in enumerate(w.labels(source)) if d not in gone)
+
+
+@rule("expand")
+def _expand(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    labels = w.labels(given["self"])
+    return (None,) * (result.dim() - len(labels)) + labels
+
+
+@rule("repeat")
+def _repeat(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    labels = _expand(w, given, result)
+    pairs = zip(labels, given["repeats"], strict=True)
+    return tuple(None if n is None else w.array(np.tile(n, times)) for n, times in pairs)
+
+
+# --- Parts and wholes -----------------------------------------------------------------------
+
+
+@rule("cat")
+def _cat(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    tensors = [t for t in given["tensors"] if t.dim() == result.dim()]
+    along = given["dim"] % result.dim()
+    found = []
+    for d in range(result.dim()):
+        parts = [w.labels(t)[d] for t in tensors]
+        label = next((nodes for nodes in parts if nodes is not None), None)
+        if label is not None and d == along:
+            sizes = [t.shape[d] for t in tensors]
+            pieces = [
+                np.zeros(size, int) if nodes is None else nodes  # OUTSIDE
+                for size, nodes in zip(sizes, parts, strict=True)
+            ]
+            label = w.array(np.concatenate(pieces))
+        elif label is not None:
+            for other in parts:
+                w.tie(label, other)
+        found.append(label)
+    return tuple(found)
+
+
+@rule("stack")
+def _stack(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    labels = list(_meet(w, given["tensors"]))
+    labels.insert(given["dim"] % result.dim(), None)
+    return tuple(labels)
+
+
+@rule("slice")
+def _slice(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    """A part of the channels, by position: all of them stay."""
+    labels, dim = list(w.labels(given["self"])), given["dim"]
+    size = given["self"].shape[dim]
+    if labels[dim] is not None and result.shape[dim] != size:
+        w.tie(labels[dim], None)
+        part = slice(given["start"], given["end"], given["step"])
+        labels[dim] = w.array(np.ascontiguousarray(labels[dim][part]))
+    return tuple(labels)
+
+
+@rule("select")
+def _select(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    labels = list(w.labels(given["self"]))
+    w.tie(labels.pop(given["dim"]), None)
+    return tuple(labels)
+
+
+@rule("unbind")
+def _unbind(w: Watcher, given: dict[str, Any], result: list[Tensor]) -> Labels:
+    return _select(w, given, result[0])
+
+
+@rule("split", "split_with_sizes")
+def _split_up(w: Watcher, given: dict[str, Any], result: list[Tensor]) -> list[Labels]:
+    labels, dim = list(w.labels(given["self"])), given["dim"]
+    whole = labels[dim]
+    w.tie(whole, None)
+    found, start = [], 0
+    for part in result:
+        if whole is not None:
+            end = start + part.shape[dim]
+            labels[dim] = w.array(np.ascontiguousarray(whole[start:end]))
+            start = end
+        found.append(tuple(labels))
+    return found
+
+
+@rule("constant_pad_nd")
+def _pad(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    labels = w.labels(given["self"])
+    grown = [d for d, size in enumerate(given["self"].shape) if result.shape[d] != size]
+    _only_beside(w, labels, grown, "padding")
+    return labels
+
+
+@rule("gather")
+def _gather(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    labels, index = list(w.labels(given["self"])), w.labels(given["index"])
+    dim = given["dim"] % len(labels)
+    _only_beside(w, labels, [dim], "gather")
+    for d in range(len(labels)):
+        if d != dim:
+            w.tie(labels[d], index[d])
+            if result.shape[d] != given["self"].shape[d]:
+                labels[d] = None
+    return tuple(labels)
+
+
+@rule("index_select")
+def _index_select(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    labels = w.labels(given["self"])
+    _only_beside(w, labels, [given["dim"]], "index_select")
+    return labels
+
+
+@rule("index")
+def _index(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    labels = list(w.labels(given["self"]))
+    indices = given["indices"]
+    indexed = [d for d, index in enumerate(indices) if index is not None]
+    _only_beside(w, labels, indexed, "indexing")
+    if len(indexed) != 1:
+        _refuse(w, "indexing with several tensors")
+    labels[indexed[0] : indexed[0] + 1] = [None] * indices[indexed[0]].dim()
+    return tuple(labels)
+
+
+@rule("embedding")
+def _embedding(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    entries, width = w.labels(given["weight"])
+    w.tie(entries, None)
+    w.writes(width)
+    return (None,) * (result.dim() - 1) + (width,)
+
+
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided")
+def _new(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    return (None,) * result.dim()
+
+
+# --- Along a dimension ----------------------------------------------------------------------
+
+
+@rule("sum", "mean", "amax", "amin", "linalg_vector_norm", "norm", "var", "std", "logsumexp")
+@rule("prod", "any", "all", "var_mean")
+def _reduce(w: Watcher, given: dict[str, Any], result: Any) -> Labels:
+    """A removed channel is left out of the result, whether sum, mean or norm."""
+    labels = w.labels(given["self"])
+    gone = _dims(given.get("dim"), len(labels))
+    if given.get("keepdim"):
+        return tuple(None if d in gone else nodes for d, nodes in enumerate(labels))
+    return tuple(nodes for d, nodes in enumerate(labels) if d not in gone)
+
+
+@rule("max", "min", "argmax", "argmin", "median")
+def _extreme(w: Watcher, given: dict[str, Any], result: Any) -> Labels:
+    """With a dimension they also return positions, which a removal would shift."""
+    if "other" in given:
+        return elementwise(w, given, result)
+    labels = w.labels(given["self"])
+    if not isinstance(result, Tensor) or result.dtype == torch.int64:
+        _only_beside(w, labels, _dims(given.get("dim"), len(labels)), "a search for an extreme")
+    return _reduce(w, given, result)
+
+
+@rule("_softmax", "_log_softmax", "_safe_softmax")
+def _softmax(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    """A removed channel is left out of the normalisation."""
+    return w.labels(given["self"])
+
+
+@rule("cumsum", "cumprod", "logcumsumexp", "sort", "topk", "flip", "roll")
+def _ordered(w: Watcher, given: dict[str, Any], result: Any) -> Labels:
+    labels = w.labels(given["self"])
+    dims = _dims(given.get("dims", given.get("dim")), len(labels))
+    _only_beside(w, labels, dims, "an operation that depends on the order")
+    return labels
+
+
+# --- Products -------------------------------------------------------------------------------
+
+
+def _product(w: Watcher, left: Tensor, right: Tensor) -> Labels:
+    """`[…, m, k] @ [… , k, n]`: the k of both are tied. Members of a batch of products stay."""
+    (*batch_left, rows, inner_left) = w.labels(left)
+    (*batch_right, inner_right, columns) = w.labels(right)
+    w.tie(inner_left, inner_right)
+    for nodes in (*batch_left, *batch_right):
+        w.tie(nodes, None)
+    w.writes(rows)
+    w.writes(columns)
+    inner = inner_right if inner_left is None else inner_left
+    sizes = [(size, None) for size in left.shape[:-2]]
+    sizes += [(left.shape[-2], rows), (left.shape[-1], inner), (right.shape[-1], columns)]
+    w.count_macs(sizes)
+    return (*(None for _ in batch_left), rows, columns)
+
+
+@rule("mm", "bmm")
+def _mm(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    return _product(w, given["self"], given["mat2"])
+
+
+@rule("addmm", "baddbmm")
+def _addmm(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    right = given.get("mat2", given.get("batch2"))
+    product = _product(w, given.get("mat1", given.get("batch1")), right)
+    added: Tensor = given["self"]
+    for back, nodes in enumerate(reversed(w.labels(added)), start=1):
+        if added.shape[-back] != 1:
+            w.tie(product[-back], nodes)
+    return product
+
+
+@rule("mv")
+def _mv(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    rows, inner = w.labels(given["self"])
+    w.tie(inner, w.labels(given["vec"])[0])
+    w.writes(rows)
+    w.count_macs(zip(given["self"].shape, (rows, inner), strict=True))
+    return (rows,)
+
+
+@rule("dot")
+def _dot(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    _meet(w, [given["self"], given["tensor"]])
+    return ()
+
+
+@rule("convolution")
+def _convolution(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
+    if given["groups"] != 1:
+        _refuse(w, f"a convolution in {given['groups']} groups")
+    batch, channels, *space = w.labels(given["input"])
+    weight: Tensor = given["weight"]
+    one, other, *kernel = w.labels(weight)
+    reads, writes = (one, other) if given["transposed"] else (other, one)
+    w.tie(channels, reads)
+    for nodes in (batch, *space, *kernel):
+        w.tie(nodes, None)
+    if given["bias"] is not None:
+        w.tie(writes, w.labels(given["bias"])[0])
+    w.writes(writes)
+    spots = given["input"] if given["transposed"] else result  # where the kernel is applied
+    sizes = [(spots.shape[0], None), *((size, None) for size in spots.shape[2:])]
+    sizes += zip(weight.shape, (one, other, *(None for _ in kernel)), strict=True)
+    w.count_macs(sizes)
+    return (None, writes, *(None for _ in space))
+
+
+# --- Normalisation and pooling --------------------------------------------------------------
+
+
+@rule("native_layer_norm")
+def _layer_norm(w: Watcher, given: dict[str, Any], result: Any) -> list[Labels]:
+    """Statistics over the channels that are there."""
+    labels = w.labels(given["input"])
+    affine = [t for t in (given["weight"], given["bias"]) if t is not None]
+    normalised = labels[-len(given["normalized_shape"]) :]
+    for tensor in affine:
+        for nodes, own in zip(normalised, w.labels(tensor), strict=True):
+            w.tie(nodes, own)
+    if not affine and normalised[-1] is not None:
+        w.note_bare_norm(normalised[-1])
+    return [labels]
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
+@rule("cudnn_batch_norm", "_batch_norm_with_update")
+def _batch_norm(w: Watcher, given: dict[str, Any], result: Any) -> list[Labels]:
+    labels = w.labels(given["input"])
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if given.get(name) is not None:
+            w.tie(labels[1], w.labels(given[name])[0])
+    return [labels]
+
+
+@rule("native_group_norm")
+def _group_norm(w: Watcher, given: dict[str, Any], result: Any) -> list[Labels]:
+    """Every group of channels has to lose equally many: the j-th ones of all go together."""
+    labels = w.labels(given["input"])
+    for tensor in (given["weight"], given["bias"]):
+        if tensor is not None:
+            w.tie(labels[1], w.labels(tensor)[0])
+    if labels[1] is not None:
+        groups = labels[1].reshape(given["group"], -1)
+        first = w.array(np.ascontiguousarray(groups[0]))
+        for other in groups[1:]:
+            w.tie(first, w.array(np.ascontiguousarray(other)))
+    return [labels]
+
+
+@rule("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d")
+@rule("upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d")
+@rule("reflection_pad1d", "reflection_pad2d", "replication_pad2d", "avg_pool1d")
+def _spatial(w: Watcher, given: dict[str, Any], result: Any) -> Labels:
+    labels = w.labels(given["self"])
+    _only_beside(w, labels, range(2, len(labels)), "pooling or resizing")
+    return labels
