@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ from tdmpc_prune.agent.world_model import WorldModel
 
 _LARGEST_LOSS = 1e4  # each loss term of a sequence, and its priority, is cut off here
 
-GradientHook = Callable[[str, WorldModel], None]
+GradientHook = Callable[[str, Sequence[tuple[str, nn.Parameter]]], None]
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -124,10 +124,10 @@ def rho_weights(config: LearningConfig, like: Tensor) -> Tensor:
 class Learner:
     """The networks that learn, their targets and optimisers, and the update.
 
-    A hook in `gradient_hooks` is called as `hook(loss, model)` at each update, once with
+    A hook in `gradient_hooks` is called as `hook(loss, parameters)` at each update, once with
     "model_loss" and once with "policy_loss", after the backward pass of that loss and before its
-    optimiser step: the gradients of the parameters that the loss trains are in `.grad`, scaled and
-    clipped as the optimiser will see them.
+    optimiser step. `parameters` are those that the loss trains, with their names; their gradients
+    are in `.grad`, scaled and clipped as the optimiser will see them.
     """
 
     def __init__(self, model: WorldModel, planner: PlannerConfig, config: LearningConfig):
@@ -138,29 +138,34 @@ class Learner:
         self.updates = 0
         self._noise_std = planner.policy_noise
         self._noise_clip = planner.policy_noise_clip
-        self._policy_parameters = list(model.policy.parameters())
-        policy = set(self._policy_parameters)
-        self._model_parameters = [p for p in model.parameters() if p not in policy]
-        device = self._policy_parameters[0].device
-        self.model_optimiser = torch.optim.Adam(
-            self._model_parameters, lr=config.learning_rate, fused=True
-        )
-        self.policy_optimiser = torch.optim.Adam(
-            self._policy_parameters, lr=config.learning_rate, fused=True
-        )
+        policy = {id(parameter) for parameter in model.policy.parameters()}
+        named = list(model.named_parameters())
+        self._trained = {  # by each loss
+            "model_loss": [(name, p) for name, p in named if id(p) not in policy],
+            "policy_loss": [(name, p) for name, p in named if id(p) in policy],
+        }
+        self.optimisers = {
+            loss: torch.optim.Adam([p for _, p in parameters], lr=config.learning_rate, fused=True)
+            for loss, parameters in self._trained.items()
+        }
         self._model_loss, self._policy_loss = model_loss, policy_loss
-        if device.type == "cuda":  # captured as CUDA graphs
+        if self.device.type == "cuda":  # captured as CUDA graphs
             self._model_loss = torch.compile(model_loss, mode="reduce-overhead")
             self._policy_loss = torch.compile(policy_loss, mode="reduce-overhead")
 
     @property
     def device(self) -> torch.device:
-        return self._policy_parameters[0].device
+        return next(self.model.parameters()).device
 
     def update(
-        self, batch: Batch, generator: torch.Generator
+        self, batch: Batch, generator: torch.Generator, learn: bool = True
     ) -> tuple[dict[str, float], np.ndarray]:
         """One update of model, policy and (when due) target networks.
+
+        Args:
+            batch: of tensors.
+            generator: of the policy's noise.
+            learn: False changes nothing: only the hooks see the gradients.
 
         Returns:
             Losses and gradient norms by name, and the new priorities `[B]` of the batch.
@@ -181,7 +186,7 @@ class Learner:
         if self.device.type == "cuda":  # what the last update's graphs returned is done with
             torch.compiler.cudagraph_mark_step_begin()
         losses = self._model_loss(self.model, self.target, batch, noise[:horizon], self.config)
-        model_norm = self._backward(losses.total / horizon, self._model_parameters)
+        model_norm = self._backward("model_loss", losses.total / horizon)
         metrics = self._checked(
             {
                 "consistency loss": losses.consistency,
@@ -191,22 +196,25 @@ class Learner:
                 "model gradient norm": model_norm,
             }
         )
-        self._step("model_loss", self.model_optimiser)
+        self._step("model_loss", learn)
 
         # A latent belongs to its episode if the decision that led to it does.
         valid = torch.cat([torch.ones_like(batch.valid[:1]), batch.valid])
         loss = self._policy_loss(self.model, losses.latents, valid, noise[horizon:], self.config)
-        policy_norm = self._backward(loss, self._policy_parameters)
+        policy_norm = self._backward("policy_loss", loss)
         metrics |= self._checked({"policy loss": loss, "policy gradient norm": policy_norm})
-        self._step("policy_loss", self.policy_optimiser)
+        self._step("policy_loss", learn)
 
+        if not learn:
+            return metrics, losses.priorities.cpu().numpy()
         self.updates += 1
         if self.updates % self.config.target_every == 0:
             move_target(self.target, self.model, self.config.target_rate)
         return metrics, losses.priorities.cpu().numpy()
 
-    def _backward(self, loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-        """Fill the gradients of `parameters` alone, clip them, and return their norm."""
+    def _backward(self, name: str, loss: Tensor) -> Tensor:
+        """Fill the gradients of the parameters that a loss trains, clip, and return their norm."""
+        parameters = [parameter for _, parameter in self._trained[name]]
         for parameter in parameters:
             parameter.grad = None
         loss.backward(inputs=parameters)
@@ -220,17 +228,19 @@ class Learner:
                 raise NonFiniteLoss(term, value)
         return dict(zip(terms, values, strict=True))
 
-    def _step(self, loss: str, optimiser: torch.optim.Optimizer) -> None:
+    def _step(self, loss: str, learn: bool) -> None:
         for hook in self.gradient_hooks:
-            hook(loss, self.model)
-        optimiser.step()
+            hook(loss, self._trained[loss])
+        if learn:
+            self.optimisers[loss].step()
 
     def state(self) -> dict[str, Tensor]:
         """Target weights and both optimisers' moments, by the names of their parameters."""
         tensors = {f"target.{name}": value for name, value in self.target.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self._moments(parameter).items():
-                tensors[f"adam.{key}.{name}"] = value
+        for loss, parameters in self._trained.items():
+            for name, parameter in parameters:
+                for key, value in self.optimisers[loss].state[parameter].items():
+                    tensors[f"adam.{key}.{name}"] = value
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor], updates: int) -> None:
@@ -240,14 +250,9 @@ class Learner:
         self.target.load_state_dict(
             {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         )
-        for name, parameter in self.model.named_parameters():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"adam.{key}.{name}" in tensors:
-                    value = tensors[f"adam.{key}.{name}"].to(parameter.device)
-                    self._moments(parameter)[key] = value
-
-    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The Adam state of `parameter`, in the optimiser that trains it."""
-        is_policy = any(parameter is own for own in self._policy_parameters)
-        optimiser = self.policy_optimiser if is_policy else self.model_optimiser
-        return optimiser.state[parameter]
+        for loss, parameters in self._trained.items():
+            for name, parameter in parameters:
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    if f"adam.{key}.{name}" in tensors:
+                        value = tensors[f"adam.{key}.{name}"].to(parameter.device)
+                        self.optimisers[loss].state[parameter][key] = value

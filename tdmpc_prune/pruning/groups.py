@@ -66,6 +66,7 @@ class Size:
 class Structure:
     """The groups of a computation, and how its size follows from their widths."""
 
+    counted: str  # the network that is counted
     groups: tuple[Group, ...]
     parameter_sizes: tuple[Size, ...]
     mac_sizes: tuple[Size, ...]
@@ -110,9 +111,17 @@ class Structure:
             own, own_macs = self.per_unit(group.name)
             layers = ", ".join(f"{x}*" if x in coupled else x for x in group.layers)
             rows.append(
-                [group.name, group.kind, ", ".join(group.components), group.width]
-                + [own, f"{group.width * own / parameters:.1%}"]
-                + [own_macs, f"{group.width * own_macs / max(macs, 1):.1%}", layers]
+                [
+                    group.name,
+                    group.kind,
+                    ", ".join(group.components),
+                    group.width,
+                    own,
+                    f"{group.width * own / parameters:.1%}",
+                    own_macs,
+                    f"{group.width * own_macs / max(macs, 1):.1%}",
+                    layers,
+                ]
             )
         head = ["group", "kind", "components", "width", "parameters per unit", "share"]
         head += ["planning MACs per unit", "share", "layers (* coupled)"]
@@ -120,8 +129,8 @@ class Structure:
         table = tabulate(rows, head, tablefmt="github", colalign=right)
         return (
             f"{table}\n\n{len(rows)} groups ({sum(g.coupling for g in self.groups)} coupling), "
-            f"{parameters} parameters, {macs} planning MACs per decision. A weight belongs to the "
-            f"unit that writes it and to the one that reads it, so shares add up to more than 100 %."
+            f"{parameters} parameters, {macs} planning MACs per decision. A weight belongs to "
+            f"the unit that writes it and to the one that reads it: shares add up to over 100 %."
         )
 
 
@@ -187,6 +196,7 @@ def find_groups(computation: Computation) -> Structure:
         return tuple(_size(count, seen.classes, outside, group_of, groups) for count in counts)
 
     return Structure(
+        counted=counted,
         groups=tuple(groups),
         parameter_sizes=sizes(seen.parameters),
         mac_sizes=sizes(seen.macs),

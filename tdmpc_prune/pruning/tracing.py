@@ -158,7 +158,9 @@ class Watcher(TorchDispatchMode):
                 if isinstance(tensor, nn.Parameter):
                     self._parameter_names[id(tensor)] = f"{network}.{name}"
                     if counted:
-                        count = self._count(module.component, zip(tensor.shape, labels))
+                        count = self._count(
+                            module.component, zip(tensor.shape, labels, strict=True)
+                        )
                         self._parameters.append(count)
 
     def _leave_module(self) -> None:

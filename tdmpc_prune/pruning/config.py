@@ -1,0 +1,76 @@
+"""Everything about pruning that can be set: what ranks, how much goes from where, and when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tdmpc_prune.settings import require, setting
+
+GRADIENT_METRICS = ("bayesian", "fisher", "fisher_increase", "gradient", "taylor")
+METRICS = (*GRADIENT_METRICS, "magnitude", "random")
+SHAPES = ("cosine", "linear", "cubic")
+ALLOCATIONS = ("global", "uniform")
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How networks are compressed while they learn."""
+
+    method: str = setting("none", f"what ranks the units: none (stay dense), {', '.join(METRICS)}")
+    sparsity: float = setting(0.9, "fraction of the parameters removed in the end")
+    start: float = setting(
+        0.3, "the schedule's start: up to 1 a fraction of the run, above 1 in env steps"
+    )
+    end: float = setting(0.7, "time of the last cut, likewise")
+    steps: int = setting(8, "cuts, evenly spaced after start up to end")
+    shape: str = setting("cosine", f"how sparsity grows between them: {', '.join(SHAPES)}")
+    allocation: str = setting(
+        "global", "global ranks units of all groups by importance per parameter; uniform cuts alike"
+    )
+    min_width: int = setting(16, "units that every group keeps at least")
+    min_widths: dict[str, int] = setting(
+        dict, "the same for a group, a component or `coupling`: {coupling: 16}"
+    )
+    round_to: int = setting(8, "widths that are cut become a multiple of this")
+    budgets: dict[str, float] = setting(
+        dict, "largest fraction of a component's parameters that may go: {dynamics: 0.5}"
+    )
+    protect: list[str] = setting(list, "groups, components or `coupling` that are not cut")
+    max_return_drop: float = setting(
+        0.1, "a step is undone if its return stays lower than this fraction below the dense one"
+    )
+    smoothing: float = setting(0.99, "decay per update of the current evidence")
+    memory: float = setting(0.999, "decay per update of the historical evidence")
+    confidence: float = setting(
+        1.0, "bayesian: posterior standard deviations added to the mean (kappa)"
+    )
+    compare: bool = setting(True, "track every metric, and log how alike they rank the units")
+    gather_updates: int = setting(
+        500, "scripts/prune.py: batches whose gradients are gathered before the first cut"
+    )
+
+    def __post_init__(self):
+        choices = (("method", ("none", *METRICS)), ("shape", SHAPES), ("allocation", ALLOCATIONS))
+        for name, known in choices:
+            value = getattr(self, name)
+            require(value in known, f"prune.{name}={value} must be one of {', '.join(known)}")
+        require(0 < self.sparsity < 1, f"prune.sparsity={self.sparsity} must lie in (0, 1)")
+        require(self.start >= 0, f"prune.start={self.start} cannot be negative")
+        for name in ("steps", "min_width", "round_to", "gather_updates"):
+            value = getattr(self, name)
+            require(value >= 1, f"prune.{name}={value} must be at least 1")
+        for name in ("smoothing", "memory"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"prune.{name}={value} must lie in [0, 1)")
+        for name in ("max_return_drop", "confidence"):
+            value = getattr(self, name)
+            require(value >= 0, f"prune.{name}={value} cannot be negative")
+        for component, value in self.budgets.items():
+            require(0 <= value <= 1, f"prune.budgets: {component}={value} must lie in [0, 1]")
+        for name, value in self.min_widths.items():
+            require(value >= 1, f"prune.min_widths: {name}={value} must be at least 1")
+
+    @property
+    def tracked(self) -> tuple[str, ...]:
+        """The metrics that are computed."""
+        return METRICS if self.compare else (self.method,)

@@ -1,0 +1,327 @@
+"""Which units to cut: a plan is a value that can be printed, saved, and carried out later (ours).
+
+Widths shrink in chunks, so that what is left of a width is a multiple of `round_to`. `global`
+allocation takes, again and again, the chunk with the least importance per parameter, wherever it
+lies; `uniform` takes the same fraction of every group. Both stop at the asked sparsity.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from tabulate import tabulate
+
+from tdmpc_prune.errors import UserError
+from tdmpc_prune.pruning.config import PruneConfig
+from tdmpc_prune.pruning.groups import Group, Structure
+
+FORMAT = "tdmpc_prune plan"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cut that has not been made. Components and groups by name."""
+
+    method: str
+    allocation: str
+    sparsity: float  # asked for: fraction of the dense parameters
+    dense_parameters: int
+    widths: dict[str, int]  # group → units before
+    removed: dict[str, list[int]]  # group → units to go, ascending
+    homes: dict[str, str]  # group → the component that its units are listed under
+    parameters: dict[str, tuple[int, int]]  # component → before, after
+    macs: dict[str, tuple[int, int]]  # component → planning MACs before, after
+
+    @property
+    def achieved(self) -> float:
+        """The sparsity that it leads to."""
+        return 1 - sum(after for _, after in self.parameters.values()) / self.dense_parameters
+
+    @property
+    def widths_after(self) -> dict[str, int]:
+        return {name: n - len(self.removed.get(name, ())) for name, n in self.widths.items()}
+
+    def explain(self) -> str:
+        """The plan as a Markdown table: per component, before → after."""
+        after = self.widths_after
+        units: dict[str, list[int]] = {home: [0, 0] for home in self.homes.values()}
+        for group, home in self.homes.items():
+            units[home][0] += self.widths[group]
+            units[home][1] += after[group]
+        rows = []
+        for name in dict.fromkeys([*self.parameters, *units]):
+            groups = [g for g, home in self.homes.items() if home == name]
+            rows.append(
+                [name]
+                + [_arrow(pair.get(name)) for pair in (units, self.parameters, self.macs)]
+                + [", ".join(_arrow((self.widths[g], after[g])) for g in groups)]
+            )
+        totals = [
+            [sum(pair[side] for pair in table.values()) for side in (0, 1)]
+            for table in (units, self.parameters, self.macs)
+        ]
+        rows.append(["all", *map(_arrow, totals), ""])
+        head = ["component", "units", "parameters", "planning MACs", "widths"]
+        table = tabulate(rows, head, tablefmt="github", disable_numparse=True)
+        return (
+            f"{self.method}, {self.allocation} allocation: sparsity {self.achieved:.3f} "
+            f"(asked for {self.sparsity:.3f}) of {self.dense_parameters} dense parameters"
+            f"\n\n{table}"
+        )
+
+    def check(self, structure: Structure) -> None:
+        """Refuse a structure that the plan was not made for.
+
+        Raises:
+            UserError: with the first difference.
+        """
+        there = structure.widths
+        for name, width in self.widths.items():
+            if name not in there:
+                raise UserError(f"the plan does not fit: there is no group '{name}' here")
+            if there[name] != width:
+                raise UserError(
+                    f"the plan does not fit: group '{name}' has {there[name]} units here, "
+                    f"the plan was made for {width}"
+                )
+        for name in there:
+            if name not in self.widths:
+                raise UserError(f"the plan does not fit: it does not know group '{name}'")
+        for name, units in self.removed.items():
+            width = self.widths.get(name, 0)
+            if any(not 0 <= unit < width for unit in units) or len(set(units)) >= max(width, 1):
+                raise UserError(f"the plan is damaged: it cannot take {units} from group '{name}'")
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n")
+        part.replace(path)
+
+    @staticmethod
+    def load(path: Path) -> Plan:
+        """The plan that `save` wrote.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        try:
+            values = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"plan '{path}' cannot be read: {error}") from error
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            raise UserError(f"'{path}' is no plan of this package (no '{FORMAT}' in it)")
+        known = {field.name for field in fields(Plan)}
+        if set(values) != known:
+            wrong = sorted(known ^ set(values))[0]
+            raise UserError(f"plan '{path}' is damaged: '{wrong}' is missing or unknown")
+        for name in ("parameters", "macs"):
+            values[name] = {key: tuple(pair) for key, pair in values[name].items()}
+        return Plan(**values)
+
+
+def make_plan(
+    structure: Structure,
+    densities: np.ndarray,
+    config: PruneConfig,
+    sparsity: float,
+    dense: Mapping[str, int],
+) -> Plan:
+    """Choose the units to cut.
+
+    Args:
+        structure: the present groups.
+        densities: `[U]` importance per parameter of each unit, all groups in their order.
+        config: allocation, floors, budgets, protection.
+        sparsity: fraction of the dense parameters that is to be gone.
+        dense: component → parameters of the dense network.
+
+    Raises:
+        UserError: floors, budgets and protection do not allow it, and which bind.
+    """
+    widths = structure.widths
+    floors = width_floors(structure, config)
+    cuts = np.cumsum(list(widths.values()))[:-1]
+    ranked = {  # least important first; equal ones in their order
+        name: (np.argsort(part, kind="stable"), np.sort(part))
+        for name, part in zip(widths, np.split(densities, cuts), strict=True)
+    }
+    allowed = (1 - sparsity) * sum(dense.values())
+    allocate = _allocate_globally if config.allocation == "global" else _allocate_uniformly
+    after = allocate(structure, ranked, floors, config, allowed, dense)
+    left = sum(structure.parameters(after).values())
+    if left > allowed:
+        raise UserError(_unreachable(structure, floors, config, sparsity, left, allowed))
+    parameters, macs = structure.parameters(), structure.macs()
+    parameters_after, macs_after = structure.parameters(after), structure.macs(after)
+    return Plan(
+        method=config.method,
+        allocation=config.allocation,
+        sparsity=sparsity,
+        dense_parameters=sum(dense.values()),
+        widths=widths,
+        removed={
+            name: sorted(ranked[name][0][: widths[name] - after[name]].tolist())
+            for name in widths
+            if after[name] < widths[name]
+        },
+        homes={g.name: "coupling" if g.coupling else g.components[0] for g in structure.groups},
+        parameters={name: (n, parameters_after[name]) for name, n in parameters.items()},
+        macs={name: (n, macs_after[name]) for name, n in macs.items()},
+    )
+
+
+def width_floors(structure: Structure, config: PruneConfig) -> dict[str, int]:
+    """The fewest units that each group keeps, its present width where it is protected.
+
+    Raises:
+        UserError: a name is unknown, or nothing is left to cut.
+    """
+    for setting, names in (
+        ("protect", config.protect),
+        ("min_widths", config.min_widths),
+        ("budgets", config.budgets),
+    ):
+        for name in names:
+            known = [c for c in structure.components if _is_part(c, name)]
+            if setting != "budgets" and not known:
+                known = [g for g in structure.groups if _selects(name, g)]
+            if not known:
+                groups = (
+                    "" if setting == "budgets" else f", coupling, {', '.join(structure.widths)}"
+                )
+                raise UserError(
+                    f"prune.{setting}: there is no '{name}'; there are "
+                    f"{', '.join(structure.components)}{groups}"
+                )
+    floors = {}
+    for group in structure.groups:
+        least = config.min_width
+        for name, width in config.min_widths.items():
+            if _selects(name, group):
+                least = max(least, width)
+        least = -(-least // config.round_to) * config.round_to  # up to a multiple
+        protected = any(
+            _selects(name, group) or any(_is_part(c, name) for c in group.components)
+            for name in config.protect
+        )
+        floors[group.name] = group.width if protected else min(least, group.width)
+    if all(floors[name] == width for name, width in structure.widths.items()) and config.protect:
+        raise UserError(
+            f"prune.protect={config.protect} (with the floors) leaves nothing that may be cut"
+        )
+    return floors
+
+
+def _selects(name: str, group: Group) -> bool:
+    """Whether a name of the configuration means this group: itself, its kind, its component."""
+    if name == group.name or (name == "coupling" and group.coupling):
+        return True
+    return not group.coupling and _is_part(group.components[0], name)
+
+
+def _is_part(component: str, name: str) -> bool:
+    """`q_ensemble` means every `q_ensemble.<member>`."""
+    return component == name or component.startswith(f"{name}.")
+
+
+def _narrower(width: int, floor: int, round_to: int) -> int:
+    """The next smaller width that is allowed; the same if there is none."""
+    smaller = (width - 1) // round_to * round_to
+    return smaller if smaller >= floor and smaller > 0 else width
+
+
+def _allocate_globally(structure, ranked, floors, config, allowed, dense) -> dict[str, int]:
+    """Cut the chunk with the least mean density, again and again."""
+    widths = dict(structure.widths)
+    left = structure.parameters(widths)
+    limits = {
+        name: (1 - fraction) * sum(n for c, n in dense.items() if _is_part(c, name))
+        for name, fraction in config.budgets.items()
+    }
+    sizes_of = {name: [] for name in widths}
+    for size in structure.parameter_sizes:
+        for name in {name for _, parts in size.factors for name, _ in parts}:
+            sizes_of[name].append(size)
+    heap: list[tuple[float, str, int]] = []
+
+    def offer(name: str) -> None:
+        """Put a group's next chunk on the heap."""
+        width = widths[name]
+        narrower = _narrower(width, floors[name], config.round_to)
+        if narrower < width:
+            gone = structure.widths[name] - width
+            chunk = ranked[name][1][gone : gone + width - narrower]
+            heapq.heappush(heap, (float(chunk.mean()), name, narrower))
+
+    for name in widths:
+        offer(name)
+    while heap and sum(left.values()) > allowed:
+        _, name, narrower = heapq.heappop(heap)
+        fewer = dict(left)
+        for size in sizes_of[name]:
+            change = size.at(widths | {name: narrower}) - size.at(widths)
+            fewer[size.component] += change
+        within = all(
+            sum(n for c, n in fewer.items() if _is_part(c, budget)) >= limit
+            or all(fewer[c] == left[c] for c in fewer if _is_part(c, budget))
+            for budget, limit in limits.items()
+        )
+        if within:  # else a budget is used up, and this group is done
+            widths[name], left = narrower, fewer
+            offer(name)
+    return widths
+
+
+def _allocate_uniformly(structure, ranked, floors, config, allowed, dense) -> dict[str, int]:
+    """The same fraction of every group: the smallest that is enough."""
+
+    def cut(fraction: float) -> dict[str, int]:
+        after = {}
+        for name, width in structure.widths.items():
+            while width > (1 - fraction) * structure.widths[name]:
+                narrower = _narrower(width, floors[name], config.round_to)
+                if narrower == width or narrower < (1 - fraction) * structure.widths[name] - 1e-9:
+                    break
+                width = narrower
+            after[name] = width
+        return after
+
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if sum(structure.parameters(cut(middle)).values()) > allowed:
+            low = middle
+        else:
+            high = middle
+    return cut(high)
+
+
+def _unreachable(structure, floors, config, sparsity, left, allowed) -> str:
+    """Which limits keep a sparsity from being reached."""
+    at_floor = {name: floors[name] for name in structure.widths}
+    gains = {}
+    for group in structure.groups:
+        fewer = at_floor | {group.name: 1}
+        gain = sum(structure.parameters(at_floor).values()) - sum(
+            structure.parameters(fewer).values()
+        )
+        if gain > 0:
+            gains[group.name] = gain
+    worst = sorted(gains, key=gains.get, reverse=True)
+    binding = ", ".join(f"{name} ≥ {floors[name]}" for name in worst)
+    budgets = f"; budgets {dict(config.budgets)}" if config.budgets else ""
+    return (
+        f"sparsity {sparsity:g} cannot be reached: {left} parameters are left with everything cut "
+        f"that may be, {int(allowed)} would have to be; binding floors: {binding}{budgets}; lower "
+        f"prune.sparsity, prune.min_width, prune.min_widths, prune.round_to or prune.protect"
+    )
+
+
+def _arrow(pair) -> str:
+    return "" if pair is None else f"{pair[0]} → {pair[1]}"
