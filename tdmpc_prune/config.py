@@ -15,14 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tdmpc_prune.agent.config import PRESETS, AgentConfig
 from tdmpc_prune.errors import UserError
+from tdmpc_prune.pruning.config import METRICS, PruneConfig
 from tdmpc_prune.settings import require, setting
-
-
-@dataclass(frozen=True)
-class PruneConfig:
-    """How the agent is compressed while it trains."""
-
-    method: str = setting("none", "what ranks the units to remove; none keeps the agent dense")
 
 
 @dataclass(frozen=True)
@@ -32,7 +26,7 @@ class TrainConfig:
     task: str = setting(
         "cartpole-swingup", "a DeepMind Control Suite task, or gym:<id> for any Gymnasium one"
     )
-    prune: PruneConfig = setting(PruneConfig, "how to compress: none")
+    prune: PruneConfig = setting(PruneConfig, "whether and how to compress while training")
     model: AgentConfig = setting(AgentConfig, "agent preset: default, or paper (as published)")
     seed: int = setting(1, "of everything random")
     env_steps: int = setting(50_000, "length of the training, in simulator steps")
@@ -46,6 +40,9 @@ class TrainConfig:
     run_dir: str | None = setting(
         None, "folder of the run; null takes runs/<task>/<prune>/seed<seed>"
     )
+    start_from: str | None = setting(
+        None, "checkpoint to start from, see scripts/prune.py; env_steps goes on from its count"
+    )
     resume: str | None = setting(
         None, "folder of a run to go on with; only env_steps, device and threads may be changed"
     )
@@ -56,6 +53,45 @@ class TrainConfig:
             require(value >= 1, f"{name}={value} must be at least 1")
         require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31)")
         check_machine(self.device, self.threads)
+
+
+@dataclass(frozen=True)
+class PruneCheckpointConfig:
+    """Pruning of a finished agent."""
+
+    checkpoint: str = setting(MISSING, "the agent: a run folder (its newest checkpoint) or one")
+    prune: PruneConfig = setting(
+        lambda: PruneConfig(method="bayesian", start=0.0, end=0.6), "how to compress"
+    )
+    env_steps: int = setting(
+        20_000, "training from the first cut to the end, in simulator steps; 0 only cuts"
+    )
+    explain: str | None = setting(
+        None, "file for the plan of one cut to prune.sparsity; it is printed, and nothing is cut"
+    )
+    seed: int = setting(1, "of everything random")
+    device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
+    threads: int = setting(1, "CPU threads")
+    eval_every: int = setting(5_000, "env steps between evaluations")
+    eval_episodes: int = setting(10, "episodes per evaluation")
+    run_dir: str | None = setting(
+        None, "folder of the run; null takes runs/<task>/<prune>-of-dense/seed<seed>"
+    )
+
+    def __post_init__(self):
+        require(self.env_steps >= 0, f"env_steps={self.env_steps} cannot be negative")
+        require(self.prune.method != "none", "prune=none cuts nothing; choose what ranks the units")
+        check_machine(self.device, self.threads)
+
+
+@dataclass(frozen=True)
+class GroupsConfig:
+    """A look at an agent's groups."""
+
+    checkpoint: str | None = setting(None, "a saved agent; null takes a dense one for `task`")
+    task: str = setting("cartpole-swingup", "whose observations and actions a dense agent gets")
+    model: AgentConfig = setting(AgentConfig, "preset of the dense agent: default, or paper")
+    json: str | None = setting(None, "file to write the groups to")
 
 
 @dataclass(frozen=True)
@@ -99,8 +135,17 @@ def check_machine(device: str, threads: int) -> None:
     require(threads >= 1, f"threads={threads} must be at least 1")
 
 
-COMMANDS = {"train": TrainConfig, "evaluate": EvaluateConfig, "benchmark": BenchmarkConfig}
-GROUPS = {"model": PRESETS, "prune": {"none": PruneConfig()}}
+COMMANDS = {
+    "train": TrainConfig,
+    "prune": PruneCheckpointConfig,
+    "groups": GroupsConfig,
+    "evaluate": EvaluateConfig,
+    "benchmark": BenchmarkConfig,
+}
+GROUPS = {
+    "model": PRESETS,
+    "prune": {method: PruneConfig(method=method) for method in ("none", *METRICS)},
+}
 
 
 def register() -> None:

@@ -88,3 +88,18 @@ def evaluate(
     if running:
         return None
     return Evaluation(returns.tolist(), decisions, time.perf_counter() - started)
+
+
+def decision_milliseconds(model: WorldModel, config: AgentConfig, repeats: int = 5) -> float:
+    """Wall time of one decision in one environment: the median of `repeats`, in milliseconds."""
+    widths, device = model.widths, next(model.parameters()).device
+    noise = draw_noise(config.planner, 1, widths.action, torch.Generator(device).manual_seed(0))
+    observation = torch.zeros(1, widths.observation, device=device)
+    means = first_means(config.planner, 1, widths.action, device)
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        decision = plan(model, observation, means, noise, config.planner, config.learning.discount)
+        decision.actions.cpu()  # waits for a GPU
+        times.append(1000 * (time.perf_counter() - began))
+    return float(np.median(times))

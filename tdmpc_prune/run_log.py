@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
@@ -92,6 +93,14 @@ class RunLog:
             text = ", ".join(f"{name} {value}" for name, value in self._shown.items())
             self._bar.set_postfix_str(text)
 
+    def say(self, sentence: str) -> None:
+        """Print a line above the progress bar."""
+        self._bar.write(sentence)
+
+    def figure(self, name: str, figure: Figure, env_steps: int) -> None:
+        """Add a picture to TensorBoard, and close it."""
+        self._writer.add_figure(name, figure, env_steps)
+
     def close(self) -> None:
         """Finish the files."""
         self._writer.close()
@@ -105,5 +114,6 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = "null" if value is None else value
+            simple = isinstance(value, (bool, int, float, str))
+            flat[prefix + name] = value if simple else json.dumps(value)
     return flat

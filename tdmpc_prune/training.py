@@ -9,11 +9,8 @@ actions anew.
 
 from __future__ import annotations
 
-import signal
-import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ import torch
 
 from envs import make_env
 from envs.tasks import default_action_repeat
+from tdmpc_prune import pruning_report
 from tdmpc_prune.agent.learner import Learner, NonFiniteLoss
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan
 from tdmpc_prune.agent.replay import Episode, SequenceReplay
@@ -36,22 +34,19 @@ from tdmpc_prune.checkpoint import (
     read_run,
     save_checkpoint,
 )
+from tdmpc_prune.compression import Compression
 from tdmpc_prune.config import TrainConfig, from_plain, to_plain
 from tdmpc_prune.errors import RunError, UserError
-from tdmpc_prune.evaluation import Evaluation, evaluate
+from tdmpc_prune.evaluation import Evaluation, decision_milliseconds, evaluate
+from tdmpc_prune.pruning.plan import Plan
+from tdmpc_prune.pruning.surgery import SurgeryError
 from tdmpc_prune.run_log import Averages, RunLog
 from tdmpc_prune.runtime import choose_device, set_threads
+from tdmpc_prune.signals import Stopped, StopRequest
 
+_IMPORTANCE_EVERY = 1_000  # env steps between two records of the groups' importance
 EVALUATION_SEED = 1_000_000  # the initial states of evaluations are the same in every run
 _MAY_CHANGE_ON_RESUME = {"resume", "env_steps", "device", "threads"}
-
-
-class Stopped(RunError):
-    """The run was asked to stop, and its state is saved."""
-
-    def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
-        self.signal_number = signal_number
 
 
 @dataclass
@@ -63,6 +58,8 @@ class Progress:
     episodes: int = 0
     updates_due: float = 0.0  # earned by decisions, not yet made
     next_evaluation: int = 0  # env steps
+    next_importance: int = 0  # env steps at which importance is logged
+    episodes_to_gather: int = 0  # played for the replay buffer alone, counted nowhere else
     history: int = 0  # lines of the history
 
 
@@ -83,14 +80,16 @@ def default_run_dir(config: TrainConfig) -> Path:
 
 
 def start(config: TrainConfig, command: list[str]) -> Trainer:
-    """A new run.
+    """A new run, from scratch or from a checkpoint.
 
     Raises:
-        UserError: its folder already holds one.
+        UserError: its folder already holds one, or its pruning cannot be carried out.
         TaskError: see `envs.make_env`.
     """
     run_dir = Path(config.run_dir) if config.run_dir else default_run_dir(config)
     trainer = Trainer(config, run_dir)
+    if trainer.compression:
+        trainer.compression.check()
     create_run(run_dir, to_plain(config), command)
     return trainer
 
@@ -163,7 +162,13 @@ class Trainer:
         self.episode: EpisodeInProgress | None = None
         self.means = self._first_means()
         self.last_evaluation: Evaluation | None = None
-        self._stop_signal: int | None = None
+        self._evaluated: list[int] | None = None  # updates and cuts of the agent that it is of
+        if config.start_from:
+            self._take_over(checkpoint_dir(config.start_from))
+        self.compression: Compression | None = None
+        if config.prune.method != "none":
+            self.compression = Compression(config, self.progress.env_steps, self.learner)
+        self._stop_request = StopRequest()
         self._averages = Averages()
         self._log: RunLog | None = None
 
@@ -183,10 +188,11 @@ class Trainer:
         )
         self._log.hyperparameters(to_plain(self.config))
         try:
-            with self._signals_stop():
+            with self._stop_request:
                 while self.step():
-                    if self._stop_signal is not None:
+                    if self._stop_request:
                         self._stop()
+            self._finish()
         except OSError as error:
             raise RunError(
                 f"writing to '{self.run_dir}' failed: {error.strerror}; the newest checkpoint "
@@ -201,8 +207,13 @@ class Trainer:
         """The next small step of the run; False once it has reached its end."""
         progress = self.progress
         seeded = progress.decisions >= self.config.model.learning.seed_decisions
-        if self.episode is None and seeded and progress.updates_due >= 1:
+        due = self.compression.due(progress.env_steps) if self.compression else None
+        if self.episode is None and due == "gather" and not progress.episodes_to_gather:
+            self._gather()
+        elif self.episode is None and seeded and progress.updates_due >= 1:
             self._update()
+        elif self.episode is None and due in ("measure", "cut", "undo"):
+            getattr(self, f"_{due}")()
         elif self.episode is None and progress.env_steps >= progress.next_evaluation:
             self._evaluate()
         elif self.episode is None and progress.env_steps >= self.config.env_steps:
@@ -275,8 +286,12 @@ class Trainer:
             )
         )
         self.episode = None
-        progress.env_steps += env_steps
         progress.episodes += 1
+        if progress.episodes_to_gather:
+            progress.episodes_to_gather -= 1
+            self._averages.take()
+            return
+        progress.env_steps += env_steps
         progress.updates_due += (
             len(episode.actions) * self.config.model.learning.updates_per_decision
         )
@@ -299,6 +314,9 @@ class Trainer:
             scalars["planner/smallest std"] = planner.min_std_at(decisions)
         self._log.scalars(progress.env_steps, scalars | self._averages.take())
         self._log.progress(progress.env_steps, **{"return": f"{episode_return:.0f}"})
+        if self.compression:
+            self.compression.episode_ended(episode_return)
+            self._log_importance()
 
     def _update(self) -> None:
         """One update from the replay buffer."""
@@ -329,20 +347,10 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Evaluate and save; nothing if a signal comes meanwhile."""
-        self._log.progress(doing="evaluating")
-        config, progress = self.config, self.progress
-        evaluation = evaluate(
-            self.model,
-            config.model,
-            config.task,
-            config.action_repeat,
-            config.eval_episodes,
-            EVALUATION_SEED,
-            interrupted=lambda: self._stop_signal is not None,
-        )
+        evaluation = self._evaluation()
         if evaluation is None:
             return
-        self.last_evaluation = evaluation
+        config, progress = self.config, self.progress
         later = progress.env_steps // config.eval_every * config.eval_every + config.eval_every
         if progress.env_steps < config.env_steps:
             later = min(later, config.env_steps)
@@ -362,8 +370,144 @@ class Trainer:
             progress.env_steps,
             {"evaluation/return": evaluation.mean, "evaluation/std of return": evaluation.std},
         )
-        self._log.progress(evaluation=f"{evaluation.mean:.0f}", doing="training")
+        self._log.progress(evaluation=f"{evaluation.mean:.0f}")
         self.save()
+
+    def _evaluation(self) -> Evaluation | None:
+        """The present agent's return; it is not played again if nothing changed since.
+
+        None if a signal comes meanwhile.
+        """
+        agent = [self.learner.updates, self.compression.stage.changes if self.compression else 0]
+        if self._evaluated == agent:
+            return self.last_evaluation
+        self._log.progress(doing="evaluating")
+        config = self.config
+        evaluation = evaluate(
+            self.model,
+            config.model,
+            config.task,
+            config.action_repeat,
+            config.eval_episodes,
+            EVALUATION_SEED,
+            interrupted=lambda: bool(self._stop_request),
+        )
+        if evaluation is not None:
+            self.last_evaluation, self._evaluated = evaluation, agent
+            self._log.progress(doing="training")
+        return evaluation
+
+    # --- Pruning: what `Compression.due` asks for ------------------------------------------
+
+    def _gather(self) -> None:
+        """Show the tracker the gradients of a batch; nothing is learned from it."""
+        batch, _ = self.replay.sample(self.config.model.learning.batch, self.rng, self.device)
+        self.learner.update(batch, self.generator, learn=False)
+        self.compression.gathered()
+        self._log.progress(doing=f"gathering gradients ({self.compression.stage.gathered})")
+
+    def plan_one_cut(self) -> Plan:
+        """The plan of one cut to the final sparsity, without changing anything saved.
+
+        Plays and gathers what the importance needs.
+        """
+        env_steps = self.progress.env_steps
+        with tempfile.TemporaryDirectory() as folder:
+            self._log = RunLog(Path(folder), env_steps, self.config.env_steps, 0)
+            while self.compression.due(env_steps) == "gather":
+                self.step()
+            self._log.close()
+        return self.compression.plan_at(env_steps, self.config.prune.sparsity)
+
+    def _measure(self) -> None:
+        """The control return before a cut, right after it, and while it recovers."""
+        evaluation = self._evaluation()
+        if evaluation is None:
+            return
+        compression, env_steps = self.compression, self.progress.env_steps
+        speed = decision_milliseconds(self.model, self.config.model)
+        measured = {"mean": evaluation.mean, "std": evaluation.std, "decision_ms": speed}
+        moment, record = compression.measured(env_steps, measured)
+        size = compression.size()
+        self._log.record(
+            "tracking",
+            env_steps,
+            moment=moment,
+            step=record["step"],
+            **measured,
+            returns=evaluation.returns,
+            **size,
+        )
+        self._log.scalars(
+            env_steps,
+            {
+                "pruning/return": evaluation.mean,
+                "pruning/sparsity": size["sparsity"],
+                "pruning/planning MACs": size["planning_macs"],
+                "pruning/milliseconds per decision": speed,
+            },
+        )
+        self._log.progress(evaluation=f"{evaluation.mean:.0f}")
+        if moment in ("recovered", "not recovered"):
+            self._log.record("pruning step", env_steps, **record)
+            self._log.say(pruning_report.sentence(record, compression.schedule.steps))
+            self._log.figure(
+                "pruning/importance", pruning_report.importance(self.run_dir), env_steps
+            )
+        self.progress.history = self._log.history
+        if moment == "recovered":
+            self.save()
+
+    def _cut(self) -> None:
+        """Plan a cut, write the plan down, and carry it out."""
+        compression, env_steps = self.compression, self.progress.env_steps
+        plan = compression.next_plan(env_steps)
+        if not plan.removed:
+            compression.skip()
+            return
+        step = compression.stage.step + 1
+        folder = self.run_dir / "plans"
+        folder.mkdir(exist_ok=True)
+        plan.save(folder / f"step-{step}.json")
+        try:
+            compression.cut(plan, env_steps)
+        except SurgeryError as error:
+            raise RunError(f"cut {step} was undone and the run stopped: {error}") from error
+        self._log.record("cut", env_steps, step=step, target=plan.sparsity, **compression.size())
+        self.progress.history = self._log.history
+
+    def _undo(self) -> None:
+        """Go back to the networks, optimisers and tracker before a cut that did not recover."""
+        model, state = self.compression.before_cut()
+        self._take_learner(model, state, self.learner.updates)
+        self.compression.undo(self.learner)
+        self.save()
+
+    def _log_importance(self) -> None:
+        progress, compression = self.progress, self.compression
+        if progress.env_steps < progress.next_importance:
+            return
+        progress.next_importance = progress.env_steps + _IMPORTANCE_EVERY
+        importance = compression.importance(progress.env_steps)
+        if not importance:
+            return
+        correlations = compression.rank_correlations(progress.env_steps)
+        self._log.record(
+            "importance", progress.env_steps, groups=importance, correlations=correlations
+        )
+        progress.history = self._log.history
+        own = importance[self.config.prune.method]
+        self._log.scalars(
+            progress.env_steps,
+            {f"importance/{group}": value for group, value in own.items()}
+            | {f"rank correlation/{pair}": value for pair, value in correlations.items()},
+        )
+
+    def _finish(self) -> None:
+        """What a pruning run shows in the end."""
+        if self.compression:
+            for name, figure in pruning_report.save(self.run_dir).items():
+                self._log.figure(f"pruning/{name}", figure, self.progress.env_steps)
 
     # --- Saving and going on ---------------------------------------------------------------
 
@@ -382,7 +526,8 @@ class Trainer:
                 "decisions": progress.decisions,
                 "updates": self.learner.updates,
                 "returns": evaluation.returns if evaluation else None,
-            },
+            }
+            | ({"pruning": self.compression.provenance()} if self.compression else {}),
         )
         training = {
             "progress": vars(progress),
@@ -394,6 +539,7 @@ class Trainer:
             if episode is None
             else {"planned": episode.planned, "rewards": episode.rewards},
             "evaluation": vars(evaluation) if evaluation else None,
+            "evaluated": self._evaluated,
         }
         tensors: dict[str, Any] = self.learner.state() | {
             "means": self.means,
@@ -402,9 +548,10 @@ class Trainer:
         if episode is not None:
             tensors["episode.observations"] = np.stack(episode.observations)
             tensors["episode.actions"] = np.reshape(episode.actions, (-1, self.action_width))
-        return save_checkpoint(
-            self.run_dir, agent, training, {"training": tensors, "replay": self.replay.state()}
-        )
+        files = {"training": tensors, "replay": self.replay.state()}
+        if self.compression:
+            training["pruning"], files["pruning"] = self.compression.state()
+        return save_checkpoint(self.run_dir, agent, training, files)
 
     def load(self, folder: Path) -> None:
         """Take up the state that `save` wrote.
@@ -419,9 +566,11 @@ class Trainer:
                 f"'{folder}' was saved on {training['device']}, this is {self.device.type}; "
                 f"resume with device={training['device']}"
             )
-        self.model.load_state_dict(agent.model.state_dict())
         tensors = files["training"]
-        self.learner.load_state(tensors, training["updates"])
+        self._take_learner(agent.model, tensors, training["updates"])
+        if self.compression:
+            self.compression.attach(self.learner)
+            self.compression.load_state(training["pruning"], files["pruning"])
         self.replay.load_state({name: array.numpy() for name, array in files["replay"].items()})
         self.progress = Progress(**training["progress"])
         self.rng.bit_generator.state = training["rng"]
@@ -429,6 +578,7 @@ class Trainer:
         self._averages = Averages(**training["averages"])
         if training["evaluation"]:
             self.last_evaluation = Evaluation(**training["evaluation"])
+            self._evaluated = training.get("evaluated")
         if self.progress.env_steps < self.config.env_steps:
             self.progress.next_evaluation = min(
                 self.progress.next_evaluation, self.config.env_steps
@@ -440,6 +590,44 @@ class Trainer:
                 tensors["episode.observations"].numpy(),
                 **training["episode"],
             )
+
+    def _take_over(self, folder: Path) -> None:
+        """Start from a checkpoint of another run: its agent, optimisers, buffer and counts.
+
+        Raises:
+            UserError: it is an agent for something else.
+        """
+        agent, config = load_agent(folder), self.config
+        for name, theirs, ours in (
+            ("task", agent.task, config.task),
+            ("action_repeat", agent.action_repeat, self.action_repeat),
+            ("model", agent.config, config.model),
+        ):
+            if theirs != ours:
+                raise UserError(f"start_from={folder}: its {name} is {theirs}, the run's is {ours}")
+        progress = self.progress
+        if (folder / "training.json").is_file():
+            training, files = load_training(folder)
+            self._take_learner(agent.model, files["training"], training["updates"])
+            arrays = {name: tensor.numpy() for name, tensor in files["replay"].items()}
+            self.replay.load_state(arrays)
+            for name in ("env_steps", "decisions", "episodes", "updates_due"):
+                setattr(progress, name, training["progress"][name])
+        else:
+            self._take_learner(agent.model, {}, agent.provenance["updates"])
+            progress.env_steps = agent.provenance["env_steps"]
+            progress.decisions = agent.provenance["decisions"]
+            progress.episodes_to_gather = config.prune.gather_episodes
+        following = (progress.env_steps // config.eval_every + 1) * config.eval_every
+        progress.next_evaluation = min(following, config.env_steps)
+
+    def _take_learner(self, model: WorldModel, state: dict[str, Any], updates: int) -> None:
+        """Go on with this model, and with its learner's saved state if there is one."""
+        agent = self.config.model
+        self.learner = Learner(model.to(self.device), agent.planner, agent.learning)
+        self.learner.updates = updates
+        if state:
+            self.learner.load_state(state, updates)
 
     def _take_up_episode(
         self, actions: np.ndarray, observations: np.ndarray, planned: bool, rewards: list[float]
@@ -458,30 +646,12 @@ class Trainer:
         self.episode = EpisodeInProgress(again, planned, list(actions), rewards)
 
     def _stop(self) -> None:
-        name = signal.Signals(self._stop_signal).name
         self.save()
         raise Stopped(
-            f"stopped by {name} at {self.progress.env_steps} env steps; "
+            f"stopped by {self._stop_request.name} at {self.progress.env_steps} env steps; "
             f"go on with: python scripts/train.py resume={self.run_dir}",
-            self._stop_signal,
+            self._stop_request.number,
         )
-
-    @contextmanager
-    def _signals_stop(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM stops the run after its present step, a second at once."""
-
-        def remember(number: int, _frame) -> None:
-            signal.signal(number, signal.SIG_DFL)
-            self._stop_signal = number
-            print("\nsaving; once more to give up at once", file=sys.stderr)
-
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, remember) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _first_means(self) -> torch.Tensor:
         return first_means(self.config.model.planner, 1, self.action_width, self.device)

@@ -7,6 +7,7 @@ its widths vary, per component, so that a pruned model is the same class with sm
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,27 @@ class Widths:
             reward=hidden,
             policy=hidden,
             q_ensemble=(hidden,) * network.q_members,
+        )
+
+    @staticmethod
+    def of_weights(weights: Mapping[str, Tensor]) -> Widths:
+        """The widths of the world model that these weights (a state dict) belong to."""
+
+        def outputs(component: str) -> tuple[int, ...]:
+            matrices = [w for name, w in weights.items() if name.startswith(f"{component}.")]
+            return tuple(len(w) for w in matrices if w.dim() == 2)
+
+        encoder, policy = outputs("encoder"), outputs("policy")
+        members = dict.fromkeys(n.split(".")[1] for n in weights if n.startswith("q_ensemble."))
+        return Widths(
+            observation=weights["encoder.0.weight"].shape[1],
+            action=policy[-1],
+            latent=encoder[-1],
+            encoder=encoder[:-1],
+            dynamics=outputs("dynamics")[:-1],
+            reward=outputs("reward")[:-1],
+            policy=policy[:-1],
+            q_ensemble=tuple(outputs(f"q_ensemble.{member}")[:-1] for member in members),
         )
 
 
@@ -101,20 +123,7 @@ class WorldModel(nn.Module):
     @property
     def widths(self) -> Widths:
         """The present structure, read off the weights, so that it is true after any surgery."""
-
-        def hidden(component: nn.Sequential) -> tuple[int, ...]:
-            return tuple(m.out_features for m in component if isinstance(m, nn.Linear))[:-1]
-
-        return Widths(
-            observation=self.encoder[0].in_features,
-            action=self.policy[-1].out_features,
-            latent=self.encoder[-1].out_features,
-            encoder=hidden(self.encoder),
-            dynamics=hidden(self.dynamics),
-            reward=hidden(self.reward),
-            policy=hidden(self.policy),
-            q_ensemble=tuple(hidden(member) for member in self.q_ensemble),
-        )
+        return Widths.of_weights(self.state_dict())
 
     def encode(self, observation: Tensor) -> Tensor:
         """`[..., O]` → latent `[..., D]`."""

@@ -19,7 +19,8 @@ class PruneConfig:
     method: str = setting("none", f"what ranks the units: none (stay dense), {', '.join(METRICS)}")
     sparsity: float = setting(0.9, "fraction of the parameters removed in the end")
     start: float = setting(
-        0.3, "the schedule's start: up to 1 a fraction of the run, above 1 in env steps"
+        0.3,
+        "start of the schedule: up to 1 a fraction of the run, above 1 env steps into it",
     )
     end: float = setting(0.7, "time of the last cut, likewise")
     steps: int = setting(8, "cuts, evenly spaced after start up to end")
@@ -46,8 +47,12 @@ class PruneConfig:
     )
     compare: bool = setting(True, "track every metric, and log how alike they rank the units")
     gather_updates: int = setting(
-        500, "scripts/prune.py: batches whose gradients are gathered before the first cut"
+        300, "of a finished agent: batches whose gradients are gathered before anything is cut"
     )
+    gather_episodes: int = setting(
+        10, "episodes played for that first if the agent comes without a replay buffer"
+    )
+    plan: str | None = setting(None, "a saved plan to carry out, as the only cut, at start")
 
     def __post_init__(self):
         choices = (("method", ("none", *METRICS)), ("shape", SHAPES), ("allocation", ALLOCATIONS))
@@ -56,7 +61,7 @@ class PruneConfig:
             require(value in known, f"prune.{name}={value} must be one of {', '.join(known)}")
         require(0 < self.sparsity < 1, f"prune.sparsity={self.sparsity} must lie in (0, 1)")
         require(self.start >= 0, f"prune.start={self.start} cannot be negative")
-        for name in ("steps", "min_width", "round_to", "gather_updates"):
+        for name in ("steps", "min_width", "round_to", "gather_updates", "gather_episodes"):
             value = getattr(self, name)
             require(value >= 1, f"prune.{name}={value} must be at least 1")
         for name in ("smoothing", "memory"):

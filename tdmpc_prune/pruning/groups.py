@@ -102,6 +102,24 @@ class Structure:
         """The layers that coupling groups touch."""
         return tuple(dict.fromkeys(x for g in self.groups if g.coupling for x in g.layers))
 
+    def as_json(self) -> list[dict]:
+        """The groups with their costs, as JSON types."""
+        found = []
+        for group in self.groups:
+            parameters, macs = self.per_unit(group.name)
+            found.append(
+                {
+                    "name": group.name,
+                    "kind": group.kind,
+                    "components": list(group.components),
+                    "layers": list(group.layers),
+                    "width": group.width,
+                    "parameters_per_unit": parameters,
+                    "planning_macs_per_unit": macs,
+                }
+            )
+        return found
+
     def table(self) -> str:
         """The groups as Markdown: what they are, and what a unit of each costs."""
         parameters, macs = sum(self.parameters().values()), sum(self.macs().values())

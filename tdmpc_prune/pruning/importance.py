@@ -148,6 +148,11 @@ class Tracker:
 
     # --- What the evidence says -------------------------------------------------------------
 
+    @property
+    def has_evidence(self) -> bool:
+        """Whether any gradient has been seen that the tracked metrics need."""
+        return bool(self._evidence) or not self._statistics
+
     def densities(self, metric: str, network: nn.Module, progress: float = 1.0) -> np.ndarray:
         """Importance per parameter of every unit, `[U]`, float64.
 
@@ -270,10 +275,11 @@ def posterior(
     """The Gamma posterior of each unit's rate, after `updates` observations (ours).
 
     Assumed: a unit's gradient energies e_t (mean (θ·g)² over its parameters, relative to the mean
-    over all parameters of the loss) are independent draws from an exponential distribution of rate λ; λ ~ Gamma(α₀, β₀) over the units of a group. With the
-    forgetting factor γ, α ← γα + (1−γ)α₀ + 1 and β ← γβ + (1−γ)β₀ + e_t, from (α₀, β₀). Both are
-    linear, so that α = α₀ + Σγ^k and β = β₀ + Σγ^k e: the data can be kept apart from the prior,
-    which is fitted anew at each reading.
+    over all parameters of the loss) are independent draws from an exponential distribution of
+    rate λ; λ ~ Gamma(α₀, β₀) over the units of a group. With the forgetting factor γ,
+    α ← γα + (1−γ)α₀ + 1 and β ← γβ + (1−γ)β₀ + e_t, from (α₀, β₀). Both are linear, so that
+    α = α₀ + Σγ^k and β = β₀ + Σγ^k e: the data can be kept apart from the prior, which is fitted
+    anew at each reading.
 
     Args:
         energies: `[n]` bias-corrected moving averages, Σγ^k e / Σγ^k.

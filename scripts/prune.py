@@ -1,0 +1,21 @@
+"""Prune a finished agent. `python scripts/prune.py --help` lists every setting."""
+
+import sys
+
+from tdmpc_prune import prune_checkpoint
+from tdmpc_prune.command_line import run_command
+from tdmpc_prune.config import PruneCheckpointConfig
+from tdmpc_prune.runs import finish
+
+
+def main(config: PruneCheckpointConfig, given: list[str]) -> None:
+    """Prune a saved agent in steps, with recovery training and the return after each."""
+    if config.explain:
+        plan = prune_checkpoint.explain(config)
+        print(f"{plan.explain()}\n\nwritten to {config.explain}; nothing was cut")
+        return
+    finish(prune_checkpoint.start(config, sys.argv))
+
+
+if __name__ == "__main__":
+    run_command("prune", main)

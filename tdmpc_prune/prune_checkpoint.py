@@ -1,0 +1,55 @@
+"""Pruning a finished agent: the same run as training, started from its checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tdmpc_prune.checkpoint import load_agent
+from tdmpc_prune.config import PruneCheckpointConfig, TrainConfig
+from tdmpc_prune.errors import RunError
+from tdmpc_prune.pruning.plan import Plan
+from tdmpc_prune.training import Trainer
+from tdmpc_prune.training import start as start_training
+
+
+def training_config(config: PruneCheckpointConfig) -> TrainConfig:
+    """The run that takes the agent from its checkpoint to the end of its recovery."""
+    agent = load_agent(config.checkpoint)
+    task = agent.task.replace(":", "-").replace("/", "-")
+    folder = f"runs/{task}/{config.prune.method}-of-dense/seed{config.seed}"
+    return TrainConfig(
+        task=agent.task,
+        prune=config.prune,
+        model=agent.config,
+        seed=config.seed,
+        env_steps=agent.provenance["env_steps"] + config.env_steps,
+        device=config.device,
+        threads=config.threads,
+        action_repeat=agent.action_repeat,
+        eval_every=config.eval_every,
+        eval_episodes=config.eval_episodes,
+        run_dir=config.run_dir or folder,
+        start_from=str(config.checkpoint),
+    )
+
+
+def start(config: PruneCheckpointConfig, command: list[str]) -> Trainer:
+    """A new run that prunes the agent. Raises UserError: see `training.start`."""
+    return start_training(training_config(config), command)
+
+
+def explain(config: PruneCheckpointConfig) -> Plan:
+    """The plan of one cut to the final sparsity, written to the file `config.explain`.
+
+    Raises:
+        UserError: see `training.start`.
+        RunError: the file cannot be written.
+    """
+    trainer = Trainer(training_config(config), Path(config.run_dir or "."))
+    trainer.compression.check()
+    plan = trainer.plan_one_cut()
+    try:
+        plan.save(Path(config.explain))
+    except OSError as error:
+        raise RunError(f"explain={config.explain} cannot be written: {error.strerror}") from error
+    return plan

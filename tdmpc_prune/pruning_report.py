@@ -1,0 +1,124 @@
+"""What pruning did to a run, in pictures and words, from its `history.jsonl` alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from tdmpc_prune.checkpoint import read_run
+
+
+def read_history(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of one kind in a run's history, in order."""
+    path = run_dir / "history.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
+
+
+def save(run_dir: Path) -> dict[str, Figure]:
+    """Draw everything and write it into the run's folder as PNG."""
+    figures = {"course": course(run_dir), "importance": importance(run_dir)}
+    figures["course"].savefig(run_dir / "pruning.png", dpi=120)
+    figures["importance"].savefig(run_dir / "importance.png", dpi=120)
+    return figures
+
+
+def sentence(record: dict[str, Any], steps: int) -> str:
+    """A finished pruning step in words."""
+    recovery = record["recovery_env_steps"]
+    took = "not back at 95 %" if recovery is None else f"95 % back after {recovery} env steps"
+    outcome = "kept" if record["kept"] else f"UNDONE: below {record['least']:.0f}"
+    return (
+        f"cut {record['step']} of {steps} at {record['cut_at']} env steps: sparsity "
+        f"{record['sparsity']:.3f} ({record['parameters']} parameters), return "
+        f"{record['before']['mean']:.0f} before, {record['after']['mean']:.0f} right after, "
+        f"{record['recovered']['mean']:.0f} recovered ({took}); {outcome}"
+    )
+
+
+def course(run_dir: Path) -> Figure:
+    """Return, sparsity and milliseconds per decision against env steps, each cut marked."""
+    settings = read_run(run_dir)
+    evaluations = read_history(run_dir, "evaluation")
+    tracked = read_history(run_dir, "tracking")
+    cuts, steps = read_history(run_dir, "cut"), read_history(run_dir, "pruning step")
+    undone = {step["step"] for step in steps if not step["kept"]}
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
+    points = [(e["env_steps"], e["mean_return"], e["std_return"]) for e in evaluations]
+    points += [(t["env_steps"], t["mean"], t["std"]) for t in tracked]
+    points = sorted(set(points), key=lambda point: point[0])  # stable: as measured
+    x, mean, std = np.array(points or [(0, np.nan, 0)], float).T
+    top.errorbar(x, mean, std, color="C0", marker="o", markersize=3, linewidth=1, elinewidth=0.5)
+    after = [t for t in tracked if t["moment"] == "after"]
+    top.plot(
+        [t["env_steps"] for t in after],
+        [t["mean"] for t in after],
+        "v",
+        color="C3",
+        label="right after a cut",
+    )
+    if tracked:
+        reference = tracked[0]["mean"]
+        top.axhline(reference, color="0.5", linewidth=0.8, linestyle=":", label="dense reference")
+    top.set_ylabel("evaluation return")
+    top.set_ylim(bottom=min(0, top.get_ylim()[0]))
+    top.set_title(
+        f"{settings['task']}, {settings['prune']['method']}, seed {settings['seed']}", fontsize=10
+    )
+
+    sizes = [(0, 0.0, None)] if not settings["start_from"] else []
+    sizes += [(t["env_steps"], t["sparsity"], t["decision_ms"]) for t in tracked]
+    sizes += [(evaluations[-1]["env_steps"], sizes[-1][1], None)] if evaluations else []
+    middle.step([s[0] for s in sizes], [s[1] for s in sizes], where="post", color="C1")
+    middle.set_ylabel("sparsity")
+    middle.set_ylim(0, 1)
+    timed = [(s[0], s[2]) for s in sizes if s[2] is not None]
+    bottom.plot([t[0] for t in timed], [t[1] for t in timed], color="C2", marker=".")
+    bottom.set_ylabel("ms per decision")
+    bottom.set_ylim(bottom=0)
+    bottom.set_xlabel("env steps (simulator steps)")
+    for axis in (top, middle, bottom):
+        axis.grid(alpha=0.3)
+        for cut in cuts:
+            colour = "C3" if cut["step"] in undone else "0.6"
+            axis.axvline(cut["env_steps"], color=colour, linewidth=0.8, linestyle="--")
+    for cut in cuts:
+        label = f"{cut['step']}{' undone' if cut['step'] in undone else ''}"
+        top.annotate(label, (cut["env_steps"], 1), xycoords=("data", "axes fraction"), fontsize=7)
+    if tracked:
+        top.legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def importance(run_dir: Path) -> Figure:
+    """Heat maps, one per metric: mean importance per parameter of each group against env steps."""
+    records = read_history(run_dir, "importance")
+    metrics = list(records[0]["groups"]) if records else []
+    figure = Figure(figsize=(9, 0.6 + 2.4 * max(1, len(metrics))), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(max(1, len(metrics)), 1, sharex=True))
+    times = [record["env_steps"] for record in records]
+    for axis, metric in zip(axes, metrics, strict=False):
+        groups = list(records[0]["groups"][metric])
+        values = np.array(
+            [[r["groups"][metric].get(group, np.nan) for r in records] for group in groups]
+        )
+        positive = np.ma.masked_where(~(values > 0), values)
+        norm = None
+        if positive.count() and positive.min() < positive.max():
+            norm = LogNorm(positive.min(), positive.max())
+        image = axis.pcolormesh(
+            times, np.arange(len(groups)), positive, norm=norm, shading="nearest"
+        )
+        axis.set_yticks(np.arange(len(groups)), groups, fontsize=7)
+        axis.set_title(f"{metric}: importance per parameter", fontsize=9)
+        axis.invert_yaxis()
+        figure.colorbar(image, ax=axis)
+    axes[-1].set_xlabel("env steps (simulator steps)")
+    return figure
