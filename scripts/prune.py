@@ -2,10 +2,9 @@
 
 import sys
 
-from tdmpc_prune import prune_checkpoint
+from tdmpc_prune import prune_checkpoint, runs
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import PruneCheckpointConfig
-from tdmpc_prune.runs import finish
 
 
 def main(config: PruneCheckpointConfig, given: list[str]) -> None:
@@ -14,7 +13,7 @@ def main(config: PruneCheckpointConfig, given: list[str]) -> None:
         plan = prune_checkpoint.explain(config)
         print(f"{plan.explain()}\n\nwritten to {config.explain}; nothing was cut")
         return
-    finish(prune_checkpoint.start(config, sys.argv))
+    runs.finish(prune_checkpoint.start(config, sys.argv))
 
 
 if __name__ == "__main__":

@@ -2,16 +2,15 @@
 
 import sys
 
-from tdmpc_prune import training
+from tdmpc_prune import runs
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import TrainConfig
-from tdmpc_prune.runs import finish
 
 
 def train(config: TrainConfig, given: list[str]) -> None:
     """Train a TD-MPC agent on a control task, or go on with a run (resume=<its folder>)."""
     fresh = not config.resume
-    finish(training.start(config, sys.argv) if fresh else training.resume(config, given))
+    runs.finish(runs.start(config, sys.argv) if fresh else runs.resume(config, given))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tdmpc_prune import pruning_steps, runs
 from tdmpc_prune.checkpoint import load_agent
 from tdmpc_prune.config import PruneCheckpointConfig, TrainConfig
 from tdmpc_prune.errors import RunError
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.training import Trainer
-from tdmpc_prune.training import start as start_training
 
 
 def training_config(config: PruneCheckpointConfig) -> TrainConfig:
@@ -34,20 +34,20 @@ def training_config(config: PruneCheckpointConfig) -> TrainConfig:
 
 
 def start(config: PruneCheckpointConfig, command: list[str]) -> Trainer:
-    """A new run that prunes the agent. Raises UserError: see `training.start`."""
-    return start_training(training_config(config), command)
+    """A new run that prunes the agent. Raises UserError: see `runs.start`."""
+    return runs.start(training_config(config), command)
 
 
 def explain(config: PruneCheckpointConfig) -> Plan:
     """The plan of one cut to the final sparsity, written to the file `config.explain`.
 
     Raises:
-        UserError: see `training.start`.
+        UserError: see `runs.start`.
         RunError: the file cannot be written.
     """
     trainer = Trainer(training_config(config), Path(config.run_dir or "."))
     trainer.compression.check()
-    plan = trainer.plan_one_cut()
+    plan = pruning_steps.plan_one_cut(trainer)
     try:
         plan.save(Path(config.explain))
     except OSError as error:

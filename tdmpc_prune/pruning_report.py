@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from tdmpc_prune.checkpoint import read_run
 
 
-def read_history(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of one kind in a run's history, in order."""
+def read_history(run_dir: Path, *kinds: str) -> list[dict[str, Any]]:
+    """The lines of some kinds in a run's history, in order."""
     path = run_dir / "history.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
+    return [entry for entry in map(json.loads, lines) if entry["kind"] in kinds]
 
 
 def save(run_dir: Path) -> dict[str, Figure]:
@@ -44,16 +44,17 @@ def sentence(record: dict[str, Any], steps: int) -> str:
 def course(run_dir: Path) -> Figure:
     """Return, sparsity and milliseconds per decision against env steps, each cut marked."""
     settings = read_run(run_dir)
-    evaluations = read_history(run_dir, "evaluation")
+    evaluations = read_history(run_dir, "evaluation", "tracking")
     tracked = read_history(run_dir, "tracking")
     cuts, steps = read_history(run_dir, "cut"), read_history(run_dir, "pruning step")
     undone = {step["step"] for step in steps if not step["kept"]}
 
     figure = Figure(figsize=(8, 6), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
-    points = [(e["env_steps"], e["mean_return"], e["std_return"]) for e in evaluations]
-    points += [(t["env_steps"], t["mean"], t["std"]) for t in tracked]
-    points = sorted(set(points), key=lambda point: point[0])  # stable: as measured
+    points = [
+        (e["env_steps"], e.get("mean_return", e.get("mean")), e.get("std_return", e.get("std")))
+        for e in evaluations
+    ]
     x, mean, std = np.array(points or [(0, np.nan, 0)], float).T
     top.errorbar(x, mean, std, color="C0", marker="o", markersize=3, linewidth=1, elinewidth=0.5)
     after = [t for t in tracked if t["moment"] == "after"]

@@ -1,11 +1,64 @@
-"""The end of a command that runs a training: what is printed, and the exit code of a stop."""
+"""Starting a run, going on with one, and what is printed at its end."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 
+from tdmpc_prune.checkpoint import checkpoint_dir, create_run, read_run
+from tdmpc_prune.config import TrainConfig, from_plain, to_plain
+from tdmpc_prune.errors import UserError
 from tdmpc_prune.signals import Stopped
 from tdmpc_prune.training import Trainer
+
+_MAY_CHANGE_ON_RESUME = {"resume", "env_steps", "device", "threads"}
+
+
+def default_run_dir(config: TrainConfig) -> Path:
+    """Where a run goes that was given no folder."""
+    task = config.task.replace(":", "-").replace("/", "-")
+    return Path("runs") / task / config.prune.method / f"seed{config.seed}"
+
+
+def start(config: TrainConfig, command: list[str]) -> Trainer:
+    """A new run, from scratch or from a checkpoint.
+
+    Raises:
+        UserError: its folder already holds one, or its pruning cannot be carried out.
+        TaskError: see `envs.make_env`.
+    """
+    run_dir = Path(config.run_dir) if config.run_dir else default_run_dir(config)
+    trainer = Trainer(config, run_dir)
+    if trainer.compression:
+        trainer.compression.check()
+    create_run(run_dir, to_plain(config), command)
+    return trainer
+
+
+def resume(config: TrainConfig, given: list[str]) -> Trainer:
+    """A run that goes on from its newest checkpoint.
+
+    Args:
+        config: `resume` names the run's folder.
+        given: the settings given on the command line; few may change.
+
+    Raises:
+        UserError: there is no such run, it is damaged, or a setting may not change.
+    """
+    run_dir = Path(config.resume)
+    saved = from_plain(TrainConfig, read_run(run_dir))
+    for name in given:
+        if name not in _MAY_CHANGE_ON_RESUME:
+            raise UserError(
+                f"{name} cannot change when a run is resumed; only "
+                f"{', '.join(sorted(_MAY_CHANGE_ON_RESUME - {'resume'}))} can"
+            )
+    changed = {name: getattr(config, name) for name in given if name != "resume"}
+    trainer = Trainer(replace(saved, **changed), run_dir)
+    if any((run_dir / "checkpoints").glob("[0-9]*-[0-9]*")):
+        trainer.load(checkpoint_dir(run_dir))
+    return trainer  # a run that was killed before its first checkpoint starts again
 
 
 def finish(trainer: Trainer) -> None:

@@ -9,9 +9,8 @@ actions anew.
 
 from __future__ import annotations
 
-import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 
 from envs import make_env
 from envs.tasks import default_action_repeat
-from tdmpc_prune import pruning_report
+from tdmpc_prune import pruning_steps
 from tdmpc_prune.agent.learner import Learner, NonFiniteLoss
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan
 from tdmpc_prune.agent.replay import Episode, SequenceReplay
@@ -28,25 +27,19 @@ from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.checkpoint import (
     SavedAgent,
     checkpoint_dir,
-    create_run,
     load_agent,
     load_training,
-    read_run,
     save_checkpoint,
 )
 from tdmpc_prune.compression import Compression
-from tdmpc_prune.config import TrainConfig, from_plain, to_plain
+from tdmpc_prune.config import TrainConfig, to_plain
 from tdmpc_prune.errors import RunError, UserError
-from tdmpc_prune.evaluation import Evaluation, decision_milliseconds, evaluate
-from tdmpc_prune.pruning.plan import Plan
-from tdmpc_prune.pruning.surgery import SurgeryError
+from tdmpc_prune.evaluation import Evaluation, evaluate
 from tdmpc_prune.run_log import Averages, RunLog
 from tdmpc_prune.runtime import choose_device, set_threads
 from tdmpc_prune.signals import Stopped, StopRequest
 
-_IMPORTANCE_EVERY = 1_000  # env steps between two records of the groups' importance
 EVALUATION_SEED = 1_000_000  # the initial states of evaluations are the same in every run
-_MAY_CHANGE_ON_RESUME = {"resume", "env_steps", "device", "threads"}
 
 
 @dataclass
@@ -71,52 +64,6 @@ class EpisodeInProgress:
     planned: bool  # False in the random episodes at the start
     actions: list[np.ndarray] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
-
-
-def default_run_dir(config: TrainConfig) -> Path:
-    """Where a run goes that was given no folder."""
-    task = config.task.replace(":", "-").replace("/", "-")
-    return Path("runs") / task / config.prune.method / f"seed{config.seed}"
-
-
-def start(config: TrainConfig, command: list[str]) -> Trainer:
-    """A new run, from scratch or from a checkpoint.
-
-    Raises:
-        UserError: its folder already holds one, or its pruning cannot be carried out.
-        TaskError: see `envs.make_env`.
-    """
-    run_dir = Path(config.run_dir) if config.run_dir else default_run_dir(config)
-    trainer = Trainer(config, run_dir)
-    if trainer.compression:
-        trainer.compression.check()
-    create_run(run_dir, to_plain(config), command)
-    return trainer
-
-
-def resume(config: TrainConfig, given: list[str]) -> Trainer:
-    """A run that goes on from its newest checkpoint.
-
-    Args:
-        config: `resume` names the run's folder.
-        given: the settings given on the command line; few may change.
-
-    Raises:
-        UserError: there is no such run, it is damaged, or a setting may not change.
-    """
-    run_dir = Path(config.resume)
-    saved = from_plain(TrainConfig, read_run(run_dir))
-    for name in given:
-        if name not in _MAY_CHANGE_ON_RESUME:
-            raise UserError(
-                f"{name} cannot change when a run is resumed; only "
-                f"{', '.join(sorted(_MAY_CHANGE_ON_RESUME - {'resume'}))} can"
-            )
-    changed = {name: getattr(config, name) for name in given if name != "resume"}
-    trainer = Trainer(replace(saved, **changed), run_dir)
-    if any((run_dir / "checkpoints").glob("[0-9]*-[0-9]*")):
-        trainer.load(checkpoint_dir(run_dir))
-    return trainer  # a run that was killed before its first checkpoint starts again
 
 
 class Trainer:
@@ -170,7 +117,7 @@ class Trainer:
             self.compression = Compression(config, self.progress.env_steps, self.learner)
         self._stop_request = StopRequest()
         self._averages = Averages()
-        self._log: RunLog | None = None
+        self.log: RunLog | None = None
 
     @property
     def model(self) -> WorldModel:
@@ -183,23 +130,24 @@ class Trainer:
             Stopped: a signal came; the state is saved.
             RunError: a loss is not finite (the state before it is saved), or saving failed.
         """
-        self._log = RunLog(
+        self.log = RunLog(
             self.run_dir, self.progress.env_steps, self.config.env_steps, self.progress.history
         )
-        self._log.hyperparameters(to_plain(self.config))
+        self.log.hyperparameters(to_plain(self.config))
         try:
             with self._stop_request:
                 while self.step():
                     if self._stop_request:
                         self._stop()
-            self._finish()
+            if self.compression:
+                pruning_steps.show(self)
         except OSError as error:
             raise RunError(
                 f"writing to '{self.run_dir}' failed: {error.strerror}; the newest checkpoint "
                 f"is whole, go on with resume={self.run_dir}"
             ) from error
         finally:
-            self._log.close()
+            self.log.close()
             self.env.close()
         return self.last_evaluation
 
@@ -209,11 +157,11 @@ class Trainer:
         seeded = progress.decisions >= self.config.model.learning.seed_decisions
         due = self.compression.due(progress.env_steps) if self.compression else None
         if self.episode is None and due == "gather" and not progress.episodes_to_gather:
-            self._gather()
+            pruning_steps.gather(self)
         elif self.episode is None and seeded and progress.updates_due >= 1:
             self._update()
         elif self.episode is None and due in ("measure", "cut", "undo"):
-            getattr(self, f"_{due}")()
+            pruning_steps.TAKE[due](self)
         elif self.episode is None and progress.env_steps >= progress.next_evaluation:
             self._evaluate()
         elif self.episode is None and progress.env_steps >= self.config.env_steps:
@@ -243,7 +191,7 @@ class Trainer:
         progress.decisions += 1
         if episode.planned:
             self._averages.add({"speed/milliseconds per decision": _milliseconds(began)})
-        self._log.progress(progress.env_steps + info["env_steps"])
+        self.log.progress(progress.env_steps + info["env_steps"])
         if terminated or truncated:
             self._end_episode(terminated, info["env_steps"])
 
@@ -296,7 +244,7 @@ class Trainer:
             len(episode.actions) * self.config.model.learning.updates_per_decision
         )
         episode_return = float(sum(episode.rewards))
-        self._log.record(
+        self.log.record(
             "episode",
             progress.env_steps,
             decisions=progress.decisions,
@@ -305,18 +253,18 @@ class Trainer:
             length=env_steps,
             terminated=bool(terminated),
         )
-        progress.history = self._log.history
+        progress.history = self.log.history
         scalars = {"training/return": episode_return, "training/decisions": progress.decisions}
         if episode.planned:
             decisions = progress.decisions
             planner = self.config.model.planner
             scalars["planner/horizon"] = planner.horizon_at(decisions)
             scalars["planner/smallest std"] = planner.min_std_at(decisions)
-        self._log.scalars(progress.env_steps, scalars | self._averages.take())
-        self._log.progress(progress.env_steps, **{"return": f"{episode_return:.0f}"})
+        self.log.scalars(progress.env_steps, scalars | self._averages.take())
+        self.log.progress(progress.env_steps, **{"return": f"{episode_return:.0f}"})
         if self.compression:
             self.compression.episode_ended(episode_return)
-            self._log_importance()
+            pruning_steps.log_importance(self)
 
     def _update(self) -> None:
         """One update from the replay buffer."""
@@ -340,14 +288,14 @@ class Trainer:
             }
             | {"speed/milliseconds per update": milliseconds}
         )
-        self._log.progress(
+        self.log.progress(
             loss=f"{metrics['model loss']:.3g}",
             updates=f"{self.learner.updates} ({milliseconds:.0f} ms)",
         )
 
     def _evaluate(self) -> None:
         """Evaluate and save; nothing if a signal comes meanwhile."""
-        evaluation = self._evaluation()
+        evaluation = self.evaluation()
         if evaluation is None:
             return
         config, progress = self.config, self.progress
@@ -355,7 +303,7 @@ class Trainer:
         if progress.env_steps < config.env_steps:
             later = min(later, config.env_steps)
         progress.next_evaluation = later
-        self._log.record(
+        self.log.record(
             "evaluation",
             progress.env_steps,
             decisions=progress.decisions,
@@ -365,15 +313,15 @@ class Trainer:
             returns=evaluation.returns,
             seconds=round(evaluation.seconds, 3),
         )
-        progress.history = self._log.history
-        self._log.scalars(
+        progress.history = self.log.history
+        self.log.scalars(
             progress.env_steps,
             {"evaluation/return": evaluation.mean, "evaluation/std of return": evaluation.std},
         )
-        self._log.progress(evaluation=f"{evaluation.mean:.0f}")
+        self.log.progress(evaluation=f"{evaluation.mean:.0f}")
         self.save()
 
-    def _evaluation(self) -> Evaluation | None:
+    def evaluation(self) -> Evaluation | None:
         """The present agent's return; it is not played again if nothing changed since.
 
         None if a signal comes meanwhile.
@@ -381,7 +329,7 @@ class Trainer:
         agent = [self.learner.updates, self.compression.stage.changes if self.compression else 0]
         if self._evaluated == agent:
             return self.last_evaluation
-        self._log.progress(doing="evaluating")
+        self.log.progress(doing="evaluating")
         config = self.config
         evaluation = evaluate(
             self.model,
@@ -394,120 +342,8 @@ class Trainer:
         )
         if evaluation is not None:
             self.last_evaluation, self._evaluated = evaluation, agent
-            self._log.progress(doing="training")
+            self.log.progress(doing="training")
         return evaluation
-
-    # --- Pruning: what `Compression.due` asks for ------------------------------------------
-
-    def _gather(self) -> None:
-        """Show the tracker the gradients of a batch; nothing is learned from it."""
-        batch, _ = self.replay.sample(self.config.model.learning.batch, self.rng, self.device)
-        self.learner.update(batch, self.generator, learn=False)
-        self.compression.gathered()
-        self._log.progress(doing=f"gathering gradients ({self.compression.stage.gathered})")
-
-    def plan_one_cut(self) -> Plan:
-        """The plan of one cut to the final sparsity, without changing anything saved.
-
-        Plays and gathers what the importance needs.
-        """
-        env_steps = self.progress.env_steps
-        with tempfile.TemporaryDirectory() as folder:
-            self._log = RunLog(Path(folder), env_steps, self.config.env_steps, 0)
-            while self.compression.due(env_steps) == "gather":
-                self.step()
-            self._log.close()
-        return self.compression.plan_at(env_steps, self.config.prune.sparsity)
-
-    def _measure(self) -> None:
-        """The control return before a cut, right after it, and while it recovers."""
-        evaluation = self._evaluation()
-        if evaluation is None:
-            return
-        compression, env_steps = self.compression, self.progress.env_steps
-        speed = decision_milliseconds(self.model, self.config.model)
-        measured = {"mean": evaluation.mean, "std": evaluation.std, "decision_ms": speed}
-        moment, record = compression.measured(env_steps, measured)
-        size = compression.size()
-        self._log.record(
-            "tracking",
-            env_steps,
-            moment=moment,
-            step=record["step"],
-            **measured,
-            returns=evaluation.returns,
-            **size,
-        )
-        self._log.scalars(
-            env_steps,
-            {
-                "pruning/return": evaluation.mean,
-                "pruning/sparsity": size["sparsity"],
-                "pruning/planning MACs": size["planning_macs"],
-                "pruning/milliseconds per decision": speed,
-            },
-        )
-        self._log.progress(evaluation=f"{evaluation.mean:.0f}")
-        if moment in ("recovered", "not recovered"):
-            self._log.record("pruning step", env_steps, **record)
-            self._log.say(pruning_report.sentence(record, compression.schedule.steps))
-            self._log.figure(
-                "pruning/importance", pruning_report.importance(self.run_dir), env_steps
-            )
-        self.progress.history = self._log.history
-        if moment == "recovered":
-            self.save()
-
-    def _cut(self) -> None:
-        """Plan a cut, write the plan down, and carry it out."""
-        compression, env_steps = self.compression, self.progress.env_steps
-        plan = compression.next_plan(env_steps)
-        if not plan.removed:
-            compression.skip()
-            return
-        step = compression.stage.step + 1
-        folder = self.run_dir / "plans"
-        folder.mkdir(exist_ok=True)
-        plan.save(folder / f"step-{step}.json")
-        try:
-            compression.cut(plan, env_steps)
-        except SurgeryError as error:
-            raise RunError(f"cut {step} was undone and the run stopped: {error}") from error
-        self._log.record("cut", env_steps, step=step, target=plan.sparsity, **compression.size())
-        self.progress.history = self._log.history
-
-    def _undo(self) -> None:
-        """Go back to the networks, optimisers and tracker before a cut that did not recover."""
-        model, state = self.compression.before_cut()
-        self._take_learner(model, state, self.learner.updates)
-        self.compression.undo(self.learner)
-        self.save()
-
-    def _log_importance(self) -> None:
-        progress, compression = self.progress, self.compression
-        if progress.env_steps < progress.next_importance:
-            return
-        progress.next_importance = progress.env_steps + _IMPORTANCE_EVERY
-        importance = compression.importance(progress.env_steps)
-        if not importance:
-            return
-        correlations = compression.rank_correlations(progress.env_steps)
-        self._log.record(
-            "importance", progress.env_steps, groups=importance, correlations=correlations
-        )
-        progress.history = self._log.history
-        own = importance[self.config.prune.method]
-        self._log.scalars(
-            progress.env_steps,
-            {f"importance/{group}": value for group, value in own.items()}
-            | {f"rank correlation/{pair}": value for pair, value in correlations.items()},
-        )
-
-    def _finish(self) -> None:
-        """What a pruning run shows in the end."""
-        if self.compression:
-            for name, figure in pruning_report.save(self.run_dir).items():
-                self._log.figure(f"pruning/{name}", figure, self.progress.env_steps)
 
     # --- Saving and going on ---------------------------------------------------------------
 
@@ -567,7 +403,7 @@ class Trainer:
                 f"resume with device={training['device']}"
             )
         tensors = files["training"]
-        self._take_learner(agent.model, tensors, training["updates"])
+        self.take_learner(agent.model, tensors, training["updates"])
         if self.compression:
             self.compression.attach(self.learner)
             self.compression.load_state(training["pruning"], files["pruning"])
@@ -608,20 +444,20 @@ class Trainer:
         progress = self.progress
         if (folder / "training.json").is_file():
             training, files = load_training(folder)
-            self._take_learner(agent.model, files["training"], training["updates"])
+            self.take_learner(agent.model, files["training"], training["updates"])
             arrays = {name: tensor.numpy() for name, tensor in files["replay"].items()}
             self.replay.load_state(arrays)
             for name in ("env_steps", "decisions", "episodes", "updates_due"):
                 setattr(progress, name, training["progress"][name])
         else:
-            self._take_learner(agent.model, {}, agent.provenance["updates"])
+            self.take_learner(agent.model, {}, agent.provenance["updates"])
             progress.env_steps = agent.provenance["env_steps"]
             progress.decisions = agent.provenance["decisions"]
             progress.episodes_to_gather = config.prune.gather_episodes
         following = (progress.env_steps // config.eval_every + 1) * config.eval_every
         progress.next_evaluation = min(following, config.env_steps)
 
-    def _take_learner(self, model: WorldModel, state: dict[str, Any], updates: int) -> None:
+    def take_learner(self, model: WorldModel, state: dict[str, Any], updates: int) -> None:
         """Go on with this model, and with its learner's saved state if there is one."""
         agent = self.config.model
         self.learner = Learner(model.to(self.device), agent.planner, agent.learning)

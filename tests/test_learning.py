@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tdmpc_prune import training
+from tdmpc_prune import runs
 from tdmpc_prune.config import TrainConfig
 from tests.small import AGENT, small_config
 from tests.synthetic import REACH_OPTIMUM
@@ -22,7 +22,7 @@ def test_it_reaches_the_known_optimum(tmp_path):
     config = small_config(
         tmp_path / "run", model=LEARNER, env_steps=1000, eval_every=1000, eval_episodes=10
     )
-    evaluation = training.start(config, []).run()
+    evaluation = runs.start(config, []).run()
     assert evaluation.mean > 0.97 * REACH_OPTIMUM
     assert evaluation.mean < REACH_OPTIMUM + 1e-6
 
@@ -37,7 +37,7 @@ def test_it_learns_that_termination_ends_the_reward(tmp_path):
         eval_every=1500,
         eval_episodes=10,
     )
-    trainer = training.start(config, [])
+    trainer = runs.start(config, [])
     trainer.run()
     model = trainer.model
     with torch.no_grad():
@@ -57,6 +57,6 @@ def test_published_tasks(tmp_path, task, env_steps, least):
     config = TrainConfig(
         task=task, env_steps=env_steps, eval_every=env_steps, run_dir=str(tmp_path / "run")
     )
-    evaluation = training.start(config, []).run()
+    evaluation = runs.start(config, []).run()
     assert evaluation.mean >= least
     assert np.isfinite(evaluation.returns).all()

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tdmpc_prune import training
+from tdmpc_prune import runs
 from tdmpc_prune.checkpoint import checkpoint_dir, load_tensors
 from tdmpc_prune.errors import RunError, UserError
+from tdmpc_prune.signals import Stopped
 from tests.small import AGENT, small_config
 
 ROOT = Path(__file__).parents[1]
@@ -55,14 +56,14 @@ def assert_same_run(ours, theirs):
 
 
 def resume(run_dir):
-    return training.resume(small_config(run_dir, resume=str(run_dir)), ["resume"])
+    return runs.resume(small_config(run_dir, resume=str(run_dir)), ["resume"])
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     """A run that nothing happened to, and the number of its steps."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    trainer = training.start(small_config(run_dir), [])
+    trainer = runs.start(small_config(run_dir), [])
     steps = 0
 
     def count(step=trainer.step):
@@ -76,12 +77,12 @@ def whole_run(tmp_path_factory):
 
 
 def test_the_same_seed_gives_the_same_run(whole_run, tmp_path):
-    training.start(small_config(tmp_path / "again"), []).run()
+    runs.start(small_config(tmp_path / "again"), []).run()
     assert_same_run(whole_run[0], tmp_path / "again")
 
 
 def test_another_seed_gives_another_run(whole_run, tmp_path):
-    training.start(small_config(tmp_path / "other", seed=2), []).run()
+    runs.start(small_config(tmp_path / "other", seed=2), []).run()
     assert history(whole_run[0]) != history(tmp_path / "other")
 
 
@@ -89,7 +90,7 @@ def test_another_seed_gives_another_run(whole_run, tmp_path):
 def test_a_run_killed_anywhere_resumes_exactly(whole_run, tmp_path, part):
     """Killed: nothing is saved at that moment."""
     whole, steps = whole_run
-    trainer = training.start(small_config(tmp_path / "run"), [])
+    trainer = runs.start(small_config(tmp_path / "run"), [])
     left = int(part * steps)
 
     def killed(step=trainer.step):
@@ -111,7 +112,7 @@ def test_a_run_stopped_again_and_again_resumes_exactly(whole_run, tmp_path, ever
     """Stopped: by a signal, at any step, in the middle of episodes and of series of updates."""
     whole, steps = whole_run
     run_dir = tmp_path / "run"
-    trainer = training.start(small_config(run_dir), [])
+    trainer = runs.start(small_config(run_dir), [])
     stops = 0
     while True:
         left = every if stops < 40 else steps  # 40 stops are enough
@@ -127,7 +128,7 @@ def test_a_run_stopped_again_and_again_resumes_exactly(whole_run, tmp_path, ever
         try:
             trainer.run()
             break
-        except training.Stopped as stopped:
+        except Stopped as stopped:
             assert stopped.signal_number == signal.SIGTERM
             stops += 1
             trainer = resume(run_dir)
@@ -180,9 +181,9 @@ def wait_for_line(path, count):
 
 
 def test_a_longer_run_starts_from_a_finished_one(whole_run, tmp_path):
-    training.start(small_config(tmp_path / "run"), []).run()
+    runs.start(small_config(tmp_path / "run"), []).run()
     longer = small_config(tmp_path / "run", resume=str(tmp_path / "run"), env_steps=300)
-    training.resume(longer, ["resume", "env_steps"]).run()
+    runs.resume(longer, ["resume", "env_steps"]).run()
     assert history(tmp_path / "run")[: len(history(whole_run[0]))] == history(whole_run[0])
     assert history(tmp_path / "run")[-1]["env_steps"] == 300
 
@@ -191,17 +192,17 @@ def test_other_settings_cannot_change_on_resume(whole_run):
     run_dir = whole_run[0]
     config = small_config(run_dir, resume=str(run_dir), seed=5)
     with pytest.raises(UserError, match="seed cannot change"):
-        training.resume(config, ["resume", "seed"])
+        runs.resume(config, ["resume", "seed"])
 
 
 def test_a_run_is_never_overwritten(whole_run):
     with pytest.raises(UserError, match="already holds a run"):
-        training.start(small_config(whole_run[0]), [])
+        runs.start(small_config(whole_run[0]), [])
 
 
 def test_a_non_finite_loss_stops_the_run_with_a_saved_state(tmp_path):
     task = "gym:tests.synthetic:Exploding-v0"
-    trainer = training.start(small_config(tmp_path / "run", task=task), [])
+    trainer = runs.start(small_config(tmp_path / "run", task=task), [])
     with pytest.raises(RunError, match="reward loss is nan"):
         trainer.run()
     tensors, *_ = final_state(tmp_path / "run")
@@ -212,6 +213,6 @@ def test_a_non_finite_loss_stops_the_run_with_a_saved_state(tmp_path):
 def test_episodes_of_one_decision(tmp_path):
     """The shortest there are: terminated at once."""
     config = small_config(tmp_path / "run", task="gym:tests.synthetic:OneStep-v0")
-    evaluation = training.start(replace(config, env_steps=120), []).run()
+    evaluation = runs.start(replace(config, env_steps=120), []).run()
     assert len(evaluation.returns) == 2
     assert final_state(tmp_path / "run")[1]["episodes"] == 120

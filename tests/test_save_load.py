@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdmpc_prune import training
+from tdmpc_prune import runs
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.checkpoint import SavedAgent, checkpoint_dir, load_agent, write_agent
 from tdmpc_prune.components import component_parameters
@@ -75,7 +75,7 @@ def test_every_parameter_belongs_to_one_component():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("run") / "run"
-    training.start(small_config(run_dir, env_steps=80), []).run()
+    runs.start(small_config(run_dir, env_steps=80), []).run()
     return run_dir
 
 
@@ -105,7 +105,7 @@ def test_damage_is_refused_by_name(copy, file, damage):
     else:
         path.unlink()
     with pytest.raises(UserError) as error:
-        training.resume(small_config(copy, resume=str(copy)), ["resume"])
+        runs.resume(small_config(copy, resume=str(copy)), ["resume"])
     assert file in str(error.value)
 
 
@@ -135,7 +135,7 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
 def test_a_crash_during_a_save_leaves_the_checkpoint_before(copy, monkeypatch):
     """At each file that is written, and at the renaming."""
     whole = load_agent(copy).model.state_dict()
-    trainer = training.resume(small_config(copy, resume=str(copy)), ["resume"])
+    trainer = runs.resume(small_config(copy, resume=str(copy)), ["resume"])
     for function in ("_write_json", "_save", "_flush", "os.replace"):
         calls = 0
 
@@ -159,10 +159,10 @@ def test_a_full_disk_loses_no_earlier_checkpoint(copy):
     before = checkpoint_dir(copy)
     script = (
         "import resource, signal, sys\n"
-        "from tdmpc_prune import training\n"
+        "from tdmpc_prune import runs\n"
         "from tests.small import small_config\n"
         f"config = small_config({str(copy)!r}, resume={str(copy)!r})\n"
-        "trainer = training.resume(config, ['resume'])\n"
+        "trainer = runs.resume(config, ['resume'])\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
         "try:\n    trainer.save()\n"

@@ -1,0 +1,143 @@
+"""What a training run does when its pruning is due: one function for each small step.
+
+`Compression` decides what is due and does it to the networks; here is what surrounds it in a run:
+evaluations, history, TensorBoard, plans on file, checkpoints.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tdmpc_prune import pruning_report
+from tdmpc_prune.errors import RunError
+from tdmpc_prune.evaluation import decision_milliseconds
+from tdmpc_prune.pruning.plan import Plan
+from tdmpc_prune.pruning.surgery import SurgeryError
+from tdmpc_prune.run_log import RunLog
+
+if TYPE_CHECKING:
+    from tdmpc_prune.training import Trainer
+
+
+def gather(trainer: Trainer) -> None:
+    """Show the tracker the gradients of a batch; nothing is learned from it."""
+    batch, _ = trainer.replay.sample(
+        trainer.config.model.learning.batch, trainer.rng, trainer.device
+    )
+    trainer.learner.update(batch, trainer.generator, learn=False)
+    trainer.compression.gathered()
+    trainer.log.progress(doing=f"gathering gradients ({trainer.compression.stage.gathered})")
+
+
+def plan_one_cut(trainer: Trainer) -> Plan:
+    """The plan of one cut to the final sparsity, without changing anything saved.
+
+    Plays and gathers what the importance needs.
+    """
+    env_steps = trainer.progress.env_steps
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.log = RunLog(Path(folder), env_steps, trainer.config.env_steps, 0)
+        while trainer.compression.due(env_steps) == "gather":
+            trainer.step()
+        trainer.log.close()
+    return trainer.compression.plan_at(env_steps, trainer.config.prune.sparsity)
+
+
+def measure(trainer: Trainer) -> None:
+    """The control return before a cut, right after it, and while it recovers."""
+    evaluation = trainer.evaluation()
+    if evaluation is None:
+        return
+    compression, env_steps = trainer.compression, trainer.progress.env_steps
+    speed = decision_milliseconds(trainer.model, trainer.config.model)
+    measured = {"mean": evaluation.mean, "std": evaluation.std, "decision_ms": speed}
+    moment, record = compression.measured(env_steps, measured)
+    size = compression.size()
+    trainer.log.record(
+        "tracking",
+        env_steps,
+        moment=moment,
+        step=record["step"],
+        **measured,
+        returns=evaluation.returns,
+        **size,
+    )
+    trainer.log.scalars(
+        env_steps,
+        {
+            "pruning/return": evaluation.mean,
+            "pruning/sparsity": size["sparsity"],
+            "pruning/planning MACs": size["planning_macs"],
+            "pruning/milliseconds per decision": speed,
+        },
+    )
+    trainer.log.progress(evaluation=f"{evaluation.mean:.0f}")
+    if moment in ("recovered", "not recovered"):
+        trainer.log.record("pruning step", env_steps, **record)
+        trainer.log.say(pruning_report.sentence(record, compression.schedule.steps))
+        heat_map = pruning_report.importance(trainer.run_dir)
+        trainer.log.figure("pruning/importance", heat_map, env_steps)
+    trainer.progress.history = trainer.log.history
+    if moment == "recovered":
+        trainer.save()
+
+
+def cut(trainer: Trainer) -> None:
+    """Plan a cut, write the plan down, and carry it out."""
+    compression, env_steps = trainer.compression, trainer.progress.env_steps
+    plan = compression.next_plan(env_steps)
+    if not plan.removed:
+        compression.skip()
+        return
+    step = compression.stage.step + 1
+    folder = trainer.run_dir / "plans"
+    folder.mkdir(exist_ok=True)
+    plan.save(folder / f"step-{step}.json")
+    (folder / f"step-{step}.md").write_text(plan.explain() + "\n")
+    try:
+        compression.cut(plan, env_steps)
+    except SurgeryError as error:
+        raise RunError(f"cut {step} was undone and the run stopped: {error}") from error
+    trainer.log.record("cut", env_steps, step=step, target=plan.sparsity, **compression.size())
+    trainer.progress.history = trainer.log.history
+
+
+def undo(trainer: Trainer) -> None:
+    """Go back to the networks, optimisers and tracker before a cut that did not recover."""
+    model, state = trainer.compression.before_cut()
+    trainer.take_learner(model, state, trainer.learner.updates)
+    trainer.compression.undo(trainer.learner)
+    trainer.save()
+
+
+def log_importance(trainer: Trainer) -> None:
+    """Importance by group, and how alike the metrics rank the units; five times an evaluation."""
+    progress, compression = trainer.progress, trainer.compression
+    if progress.env_steps < progress.next_importance:
+        return
+    importance = compression.importance(progress.env_steps)
+    if not importance:
+        return
+    progress.next_importance = progress.env_steps + trainer.config.eval_every // 5
+    correlations = compression.rank_correlations(progress.env_steps)
+    trainer.log.record(
+        "importance", progress.env_steps, groups=importance, correlations=correlations
+    )
+    progress.history = trainer.log.history
+    own = importance[trainer.config.prune.method]
+    trainer.log.scalars(
+        progress.env_steps,
+        {f"importance/{group}": value for group, value in own.items()}
+        | {f"rank correlation/{pair}": value for pair, value in correlations.items()},
+    )
+
+
+def show(trainer: Trainer) -> None:
+    """The pictures of a finished pruning run."""
+    for name, figure in pruning_report.save(trainer.run_dir).items():
+        trainer.log.figure(f"pruning/{name}", figure, trainer.progress.env_steps)
+
+
+TAKE = {"measure": measure, "cut": cut, "undo": undo}
