@@ -315,9 +315,7 @@ class Compression:
         stage.came_back = False
         stage.record |= {
             "cut_at": env_steps,
-            "until": min(env_steps + self.schedule.spacing, self._last)
-            if self.schedule.spacing
-            else self._last,
+            "until": self.schedule.end_of(stage.step, self._last),
             "target": plan.sparsity,
             "widths": plan.widths_after,
         } | self.size()

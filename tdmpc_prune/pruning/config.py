@@ -19,11 +19,11 @@ class PruneConfig:
     method: str = setting("none", f"what ranks the units: none (stay dense), {', '.join(METRICS)}")
     sparsity: float = setting(0.9, "fraction of the parameters removed in the end")
     start: float = setting(
-        0.3,
+        0.2,
         "start of the schedule: up to 1 a fraction of the run, above 1 env steps into it",
     )
-    end: float = setting(0.7, "time of the last cut, likewise")
-    steps: int = setting(8, "cuts, evenly spaced after start up to end")
+    end: float = setting(0.5, "time of the last cut, likewise")
+    steps: int = setting(6, "cuts, evenly spaced after start up to end")
     shape: str = setting("cosine", f"how sparsity grows between them: {', '.join(SHAPES)}")
     allocation: str = setting(
         "global", "global ranks units of all groups by importance per parameter; uniform cuts alike"

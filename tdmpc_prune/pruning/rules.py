@@ -81,13 +81,16 @@ def elementwise(w: Watcher, given: dict[str, Any], result: Any) -> Labels:
 
 
 def _meet(w: Watcher, tensors: list[Tensor]) -> Labels:
-    """Tie tensors that are broadcast together, and return their common labels."""
+    """Tie tensors that are broadcast together, and return their common labels.
+
+    A dimension of size 1, or one that was expanded from it (stride 0), meets anything.
+    """
     common: list[np.ndarray | None] = []
     for back in range(1, max(tensor.dim() for tensor in tensors) + 1):
         present = [
             w.labels(tensor)[-back]
             for tensor in tensors
-            if tensor.dim() >= back and tensor.shape[-back] != 1
+            if tensor.dim() >= back and tensor.shape[-back] != 1 and tensor.stride(-back) != 0
         ]
         label = next((nodes for nodes in present if nodes is not None), None)
         if label is not None:
@@ -157,8 +160,13 @@ def _split(w: Watcher, grid: np.ndarray, asked: list[int]) -> list[np.ndarray | 
     varying = [d for d in range(grid.ndim) if (grid != grid.take([0], d)).any()]
     if not varying:  # all alike: a unit that was spread out, or the outside
         varying = [0]
-    free = [d for d in varying if asked[d] == -1]
-    kept = free[0] if free else varying[0]
+    kept = varying[0]
+    free = next((d for d in range(grid.ndim) if asked[d] == -1), None)
+    if free is not None and grid.shape[free] == 1:  # a single block: all of it stays or goes
+        flat = w.array(np.ascontiguousarray(grid.reshape(-1)))
+        w.tie(flat, w.array(np.full_like(flat, flat[0])))
+    elif free in varying:
+        kept = free
     blocks = np.moveaxis(grid, kept, 0).reshape(grid.shape[kept], -1)
     label = w.array(np.ascontiguousarray(blocks[:, 0]))
     for column in blocks.T[1:]:

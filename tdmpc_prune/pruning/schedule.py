@@ -37,10 +37,13 @@ class Schedule:
         """The fraction of parameters that is to be gone after cut `step`."""
         return self.sparsity * shape_at(self.shape, step / self.steps)
 
-    @property
-    def spacing(self) -> float:
-        """Env steps between two cuts: how long each has to recover."""
-        return (self.end - self.start) / self.steps
+    def end_of(self, step: int, last: float) -> float:
+        """Env steps at which the recovery from cut `step` ends: when the next is due.
+
+        Without time between the cuts, it is the end of the run, `last`.
+        """
+        spacing = (self.end - self.start) / self.steps
+        return min(self.time_of(step) + spacing, last) if spacing else last
 
 
 def shape_at(shape: str, progress: float) -> float:

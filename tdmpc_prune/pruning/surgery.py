@@ -67,7 +67,7 @@ def commit(
         dropped = _dropped_indices(plan, structure)
         owners = _owners(computation.networks)
         for (network, name), dims in dropped.items():
-            module, tensor = owners[network, name]
+            _, tensor = owners[network, name]
             full = tensor.data
             cut.replace(tensor, _select(full, dims))
             for optimiser in optimisers:
@@ -75,16 +75,19 @@ def commit(
                 for key, moment in state.items():
                     if isinstance(moment, Tensor) and moment.shape == full.shape:
                         cut.put(state, key, _select(moment, dims))
-            _set_sizes(cut, module)
+        changed = {id(owners[place][1]) for place in dropped}
+        for module, tensor in owners.values():  # weights may be shared
+            if id(tensor) in changed:
+                _set_sizes(cut, module)
         after = plan.widths_after
         for network, path, group in structure.bare_norms:
             norm = computation.networks[network].get_submodule(path)
             shape = (*norm.normalized_shape[:-1], after[group])
             cut.put(norm.__dict__, "normalized_shape", shape)
         left = find_groups(computation)
-        if {k: v for k, v in after.items() if v > 1} != {
-            k: v for k, v in left.widths.items() if v > 1
-        }:
+        # One channel that is left alone is a width of 1, and no group any more.
+        same = all(left.widths.get(name, 1) == width for name, width in after.items())
+        if not same or not set(left.widths) <= set(after):
             raise SurgeryError(f"the cut left the widths {left.widths} instead of {after}")
     except BaseException as error:
         cut.undo()
