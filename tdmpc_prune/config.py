@@ -164,6 +164,8 @@ def _overridable(config: Any) -> DictConfig:
 
     def thaw(part: DictConfig) -> None:
         OmegaConf.set_readonly(part, False)
+        if not dataclasses.is_dataclass(OmegaConf.get_type(part)):
+            OmegaConf.set_struct(part, False)  # a plain dict takes any key
         for key in part:
             if OmegaConf.is_config(part._get_node(key)):
                 thaw(part[key])

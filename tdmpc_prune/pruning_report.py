@@ -20,12 +20,12 @@ def read_history(run_dir: Path, *kinds: str) -> list[dict[str, Any]]:
     return [entry for entry in map(json.loads, lines) if entry["kind"] in kinds]
 
 
-def save(run_dir: Path) -> dict[str, Figure]:
-    """Draw everything and write it into the run's folder as PNG."""
-    figures = {"course": course(run_dir), "importance": importance(run_dir)}
-    figures["course"].savefig(run_dir / "pruning.png", dpi=120)
-    figures["importance"].savefig(run_dir / "importance.png", dpi=120)
-    return figures
+def save(run_dir: Path) -> list[Path]:
+    """Draw `course.png` and `importance.png` into the run's folder."""
+    paths = [run_dir / "course.png", run_dir / "importance.png"]
+    for path, draw in zip(paths, (course, importance), strict=True):
+        draw(run_dir).savefig(path, dpi=120)
+    return paths
 
 
 def sentence(record: dict[str, Any], steps: int) -> str:
@@ -102,7 +102,9 @@ def importance(run_dir: Path) -> Figure:
     """Heat maps, one per metric: mean importance per parameter of each group against env steps."""
     records = read_history(run_dir, "importance")
     metrics = list(records[0]["groups"]) if records else []
-    figure = Figure(figsize=(9, 0.6 + 2.4 * max(1, len(metrics))), layout="constrained")
+    height = 0.6 + 2.4 * max(1, len(metrics))
+    figure = Figure(figsize=(9, height))
+    figure.subplots_adjust(0.2, 0.5 / height, 1.0, 1 - 0.3 / height, hspace=0.25)
     axes = np.atleast_1d(figure.subplots(max(1, len(metrics)), 1, sharex=True))
     times = [record["env_steps"] for record in records]
     for axis, metric in zip(axes, metrics, strict=False):

@@ -77,8 +77,6 @@ def measure(trainer: Trainer) -> None:
     if moment in ("recovered", "not recovered"):
         trainer.log.record("pruning step", env_steps, **record)
         trainer.log.say(pruning_report.sentence(record, compression.schedule.steps))
-        heat_map = pruning_report.importance(trainer.run_dir)
-        trainer.log.figure("pruning/importance", heat_map, env_steps)
     trainer.progress.history = trainer.log.history
     if moment == "recovered":
         trainer.save()
@@ -136,8 +134,8 @@ def log_importance(trainer: Trainer) -> None:
 
 def show(trainer: Trainer) -> None:
     """The pictures of a finished pruning run."""
-    for name, figure in pruning_report.save(trainer.run_dir).items():
-        trainer.log.figure(f"pruning/{name}", figure, trainer.progress.env_steps)
+    for path in pruning_report.save(trainer.run_dir):
+        trainer.log.picture(f"pruning/{path.stem}", path, trainer.progress.env_steps)
 
 
 TAKE = {"measure": measure, "cut": cut, "undo": undo}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from matplotlib.image import imread
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
@@ -97,9 +97,9 @@ class RunLog:
         """Print a line above the progress bar."""
         self._bar.write(sentence)
 
-    def figure(self, name: str, figure: Figure, env_steps: int) -> None:
-        """Add a picture to TensorBoard, and close it."""
-        self._writer.add_figure(name, figure, env_steps)
+    def picture(self, name: str, path: Path, env_steps: int) -> None:
+        """Add a picture file to TensorBoard."""
+        self._writer.add_image(name, imread(path), env_steps, dataformats="HWC")
 
     def close(self) -> None:
         """Finish the files."""

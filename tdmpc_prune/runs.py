@@ -75,7 +75,7 @@ def finish(trainer: Trainer) -> None:
             f"{size['parameters']} of {dense} parameters are left (sparsity "
             f"{size['sparsity']:.3f}), and {size['planning_macs']:,} of "
             f"{trainer.compression.dense_macs:,} planning MACs per decision\n"
-            f"what each cut did   {trainer.run_dir / 'pruning.png'}\n"
+            f"what each cut did   {trainer.run_dir / 'course.png'}\n"
         )
     print(
         f"return {evaluation.mean:.1f} ± {evaluation.std:.1f} over "

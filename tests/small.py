@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from tdmpc_prune.agent.config import AgentConfig, LearningConfig, NetworkConfig, PlannerConfig
 from tdmpc_prune.config import TrainConfig
+from tdmpc_prune.pruning.config import PruneConfig
 
 AGENT = AgentConfig(
     network=NetworkConfig(encoder_width=12, latent_width=6, hidden_width=16),
@@ -24,3 +25,22 @@ def small_config(run_dir, **changes) -> TrainConfig:
         run_dir=str(run_dir),
     )
     return replace(config, **changes)
+
+
+PRUNE = PruneConfig(
+    method="bayesian",
+    sparsity=0.7,
+    start=0.2,
+    end=0.8,
+    steps=3,
+    min_width=2,
+    round_to=1,
+    max_return_drop=10.0,  # the tiny agent learns nothing: every step is kept
+    gather_updates=5,
+    gather_episodes=2,
+)
+
+
+def pruning_config(run_dir, **changes) -> TrainConfig:
+    """The same run, pruned in three steps."""
+    return small_config(run_dir, prune=PRUNE, **changes)

@@ -28,8 +28,15 @@ class Killed(BaseException):
 
 def history(run_dir):
     """The history without wall-clock times."""
-    lines = [json.loads(line) for line in (run_dir / "history.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+    def timeless(value):
+        if isinstance(value, dict):
+            times = ("seconds", "decision_ms")
+            return {k: timeless(v) for k, v in value.items() if k not in times}
+        return value
+
+    lines = (run_dir / "history.jsonl").read_text().splitlines()
+    return [timeless(json.loads(line)) for line in lines]
 
 
 def final_state(run_dir):

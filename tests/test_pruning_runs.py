@@ -1,0 +1,440 @@
+"""Pruning while training: records, exact resume, exact rollback, finished agents, wrong input."""
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tdmpc_prune import prune_checkpoint, pruning_steps, runs
+from tdmpc_prune.agent.world_model import Widths
+from tdmpc_prune.checkpoint import (
+    SavedAgent,
+    checkpoint_dir,
+    load_agent,
+    load_training,
+    write_agent,
+)
+from tdmpc_prune.config import PruneCheckpointConfig
+from tdmpc_prune.errors import RunError, UserError
+from tdmpc_prune.evaluation import Evaluation
+from tdmpc_prune.pruning.config import METRICS
+from tdmpc_prune.pruning.plan import Plan
+from tdmpc_prune.pruning.surgery import SurgeryError
+from tdmpc_prune.pruning_report import read_history
+from tdmpc_prune.signals import Stopped
+from tests.small import PRUNE, pruning_config, small_config
+from tests.test_command_line import REACH, SMALL, run
+from tests.test_resume import Killed, assert_same_run
+
+
+def resume(run_dir):
+    return runs.resume(small_config(run_dir, resume=str(run_dir)), ["resume"])
+
+
+def pruning_state(run_dir):
+    """The tracker's tensors and the stage in the newest checkpoint, without wall-clock times."""
+    training, files = load_training(checkpoint_dir(run_dir))
+    stage = training["pruning"]["stage"]
+    for moment in ("before", "after", "recovered"):
+        stage["record"].get(moment, {}).pop("decision_ms", None)
+    return training["pruning"], files["pruning"]
+
+
+def assert_same_pruning(ours, theirs):
+    assert_same_run(ours, theirs)
+    (stage, tensors), (other_stage, others) = pruning_state(ours), pruning_state(theirs)
+    assert stage == other_stage
+    assert set(tensors) == set(others)
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+    assert load_agent(ours).model.widths == load_agent(theirs).model.widths
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A pruned run that nothing happened to, and the numbers of its steps that prune."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    trainer = runs.start(pruning_config(run_dir), [])
+    steps, pruning = 0, []
+
+    def count(step=trainer.step):
+        nonlocal steps
+        due = trainer.compression.due(trainer.progress.env_steps)
+        if due and trainer.episode is None and trainer.progress.updates_due < 1:
+            pruning.append((steps, due))
+        steps += 1
+        return step()
+
+    trainer.step = count
+    trainer.run()
+    return run_dir, pruning
+
+
+def test_a_run_is_pruned_in_steps_and_says_what_each_did(whole_run):
+    run_dir, pruning = whole_run
+    assert [due for _, due in pruning][:3] == ["measure", "cut", "measure"]
+    cuts, steps = read_history(run_dir, "cut"), read_history(run_dir, "pruning step")
+    assert [cut["step"] for cut in cuts] == [step["step"] for step in steps] == [1, 2, 3]
+    assert all(step["kept"] for step in steps)
+    assert [cut["env_steps"] for cut in cuts] == [80, 120, 160]
+    assert all(cut["sparsity"] >= cut["target"] for cut in cuts)
+    assert 0.7 <= cuts[-1]["sparsity"] < 0.8
+    for step in steps:
+        for moment in ("before", "after", "recovered"):
+            assert set(step[moment]) == {"mean", "std", "decision_ms"}
+        if step["after"]["mean"] >= step["before"]["mean"] - 0.05 * abs(step["before"]["mean"]):
+            assert step["recovery_env_steps"] == 0
+    moments = [t["moment"] for t in read_history(run_dir, "tracking") if t["step"] == 2]
+    assert moments[:2] == ["before", "after"] and moments[-1] == "recovered"
+
+    agent = load_agent(run_dir)
+    left = sum(p.numel() for p in agent.model.parameters())
+    assert left == cuts[-1]["parameters"]
+    said = agent.provenance["pruning"]
+    assert (said["method"], said["cuts"], said["parameters"]) == ("bayesian", 3, left)
+    assert said["dense_return"] == steps[0]["before"]["mean"]
+    assert said["sparsity"] == pytest.approx(1 - left / said["dense_parameters"])
+
+
+def test_tensorboard_and_pictures_show_it(whole_run):
+    run_dir, _ = whole_run
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    scalars = events.Tags()["scalars"]
+    tracked = read_history(run_dir, "tracking")
+    for tag, key in (
+        ("pruning/return", "mean"),
+        ("pruning/sparsity", "sparsity"),
+        ("pruning/planning MACs", "planning_macs"),
+        ("pruning/milliseconds per decision", "decision_ms"),
+    ):
+        logged = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert [step for step, _ in logged] == [t["env_steps"] for t in tracked]
+        assert [value for _, value in logged] == pytest.approx([t[key] for t in tracked])
+    groups = {f"importance/{name}" for name in read_history(run_dir, "importance")[0]["groups"]
+              ["bayesian"]}  # fmt: skip
+    assert len(groups) == 12 and groups <= set(scalars)
+    assert "rank correlation/bayesian ~ magnitude" in scalars
+    assert {"pruning/importance", "pruning/course"} <= set(events.Tags()["images"])
+    for picture in ("course.png", "importance.png"):
+        assert (run_dir / picture).stat().st_size > 10_000
+
+
+def test_importance_is_on_file_for_every_metric(whole_run):
+    for record in read_history(whole_run[0], "importance"):
+        assert set(record["groups"]) == set(METRICS)
+        assert record["correlations"]["gradient ~ taylor"] <= 1
+    densities = read_history(whole_run[0], "importance")[0]["groups"]
+    assert all(value > 0 for value in densities["bayesian"].values())
+
+
+@pytest.mark.parametrize(
+    ("which", "saved"),
+    [*((which, False) for which in (1, 2, 4)), *((which, True) for which in (0, 1, 2, 3, 7))],
+)
+def test_a_run_stopped_in_a_pruning_step_resumes_exactly(whole_run, tmp_path, which, saved):
+    """Killed before the step's `which`-th action, or stopped with its state saved after it."""
+    whole, pruning = whole_run
+    left = pruning[which][0]
+    trainer = runs.start(pruning_config(tmp_path / "run"), [])
+
+    def interrupted(step=trainer.step):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            if not saved:
+                raise Killed
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step()
+
+    trainer.step = interrupted
+    with pytest.raises(Stopped if saved else Killed):
+        trainer.run()
+    resume(tmp_path / "run").run()
+    assert_same_pruning(whole, tmp_path / "run")
+
+
+def returns(monkeypatch, script):
+    """Let evaluations return what `script(cut count)` says."""
+
+    def evaluate(model, *_, **__):
+        value = script(sum(p.numel() for p in model.parameters()))
+        return Evaluation([value, value], 1, 0.0)
+
+    monkeypatch.setattr("tdmpc_prune.training.evaluate", evaluate)
+
+
+def everything(trainer):
+    """Networks, optimisers and tracker, bit for bit."""
+    return {name: tensor.clone() for name, tensor in trainer.compression._snapshot().items()}
+
+
+def test_a_step_that_does_not_recover_is_undone_exactly(tmp_path, monkeypatch, capsys):
+    """Every agent under 600 parameters is said to be bad; what the first cut leaves is not."""
+    config = pruning_config(tmp_path / "run")
+    config = replace(config, prune=replace(config.prune, max_return_drop=0.1), env_steps=400)
+    returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
+    trainer = runs.start(config, [])
+    before, undone = {}, []
+
+    def watch(step=trainer.step):
+        due = trainer.compression.due(trainer.progress.env_steps)
+        at_rest = trainer.episode is None and trainer.progress.updates_due < 1
+        sparsity = trainer.compression.sparsity
+        if at_rest and due == "cut":
+            before.clear()
+            before.update(everything(trainer))
+        left = step()
+        if at_rest and due == "undo":
+            after = everything(trainer)
+            assert set(after) == set(before)
+            assert all(torch.equal(after[name], before[name]) for name in before)
+            undone.append((sparsity, trainer.compression.sparsity))
+        return left
+
+    trainer.step = watch
+    trainer.run()
+    steps = read_history(tmp_path / "run", "pruning step")
+    failed = [step for step in steps if not step["kept"]]
+    assert failed and len(failed) == len(undone)
+    assert all(step["recovered"]["mean"] == 50 and step["least"] == 90 for step in failed)
+    assert "UNDONE: below 90" in capsys.readouterr().out
+    assert load_agent(tmp_path / "run").provenance["returns"] == [100.0, 100.0]
+    assert trainer.progress.env_steps == 400  # the run went on
+    # What follows an undone step aims halfway to it.
+    number = steps.index(failed[0])
+    if number + 1 < len(steps):
+        kept = undone[0][1]
+        assert steps[number + 1]["target"] <= (kept + failed[0]["sparsity"]) / 2 + 1e-9
+    resume(tmp_path / "run").run()
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_run_killed_around_an_undone_step_resumes_exactly(tmp_path, monkeypatch, part):
+    returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
+
+    def start(name):
+        config = pruning_config(tmp_path / name)
+        return runs.start(replace(config, prune=replace(config.prune, max_return_drop=0.1)), [])
+
+    start("whole").run()
+    assert any(not step["kept"] for step in read_history(tmp_path / "whole", "pruning step"))
+    trainer = start("run")
+
+    def interrupted(step=trainer.step):
+        due = trainer.compression.due(trainer.progress.env_steps)
+        cut = trainer.compression.stage.phase in ("cut", "recovering") and trainer.compression
+        if part == 0 and due == "undo":
+            raise Killed
+        if part == 1 and cut and trainer.compression.stage.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        left = step()
+        if part == 2 and due == "undo" and trainer.compression.stage.phase == "waiting":
+            raise Killed
+        return left
+
+    trainer.step = interrupted
+    with pytest.raises((Killed, Stopped)):
+        trainer.run()
+    resume(tmp_path / "run").run()
+    assert_same_pruning(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_cut_that_fails_stops_the_run_with_its_networks_whole(tmp_path, monkeypatch):
+    def fail(*_):
+        raise SurgeryError("on purpose")
+
+    monkeypatch.setattr("tdmpc_prune.compression.commit", fail)
+    trainer = runs.start(pruning_config(tmp_path / "run"), [])
+    with pytest.raises(RunError, match="cut 1 was undone and the run stopped: on purpose"):
+        trainer.run()
+    assert trainer.compression.sparsity == 0
+
+
+def test_the_dense_part_of_a_pruned_run_is_the_dense_run(whole_run, tmp_path):
+    """The tracker changes nothing until the first cut."""
+    runs.start(small_config(tmp_path / "dense"), []).run()
+    ours, theirs = (
+        [(e["env_steps"], e["mean_return"]) for e in read_history(folder, "evaluation")]
+        for folder in (whole_run[0], tmp_path / "dense")
+    )
+    assert ours[0] == theirs[0] and ours[0][0] == 60
+
+
+# --- A finished agent ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("dense") / "run"
+    runs.start(small_config(run_dir), []).run()
+    return run_dir
+
+
+def finished(dense, run_dir, **changes):
+    settings = {"env_steps": 120, "eval_every": 60, "eval_episodes": 2, "device": "cpu"}
+    prune = replace(PRUNE, start=0.0, end=0.6)
+    config = PruneCheckpointConfig(str(dense), prune, run_dir=str(run_dir), **settings)
+    return replace(config, **changes)
+
+
+def test_a_finished_agent_is_pruned_and_recovers(dense, tmp_path):
+    trainer = prune_checkpoint.start(finished(dense, tmp_path / "run"), [])
+    assert trainer.progress.env_steps == 200
+    trainer.run()
+    cuts = read_history(tmp_path / "run", "cut")
+    assert [cut["env_steps"] for cut in cuts] == [240, 260, 280]
+    assert trainer.progress.env_steps == 320
+    assert load_agent(tmp_path / "run").provenance["pruning"]["sparsity"] >= 0.7
+
+
+def test_one_cut_without_recovery_changes_no_weight_that_stays(dense, tmp_path):
+    config = finished(dense, tmp_path / "run", env_steps=0)
+    config = replace(config, prune=replace(config.prune, steps=1))
+    prune_checkpoint.start(config, []).run()
+    plan = Plan.load(tmp_path / "run/plans/step-1.json")
+    before, after = load_agent(dense).model, load_agent(tmp_path / "run").model
+    rows = [u for u in range(16) if u not in plan.removed.get("reward.2", [])]
+    assert torch.equal(after.reward[4].weight, before.reward[4].weight[:, rows])
+    (step,) = read_history(tmp_path / "run", "pruning step")
+    assert step["after"]["mean"] == step["recovered"]["mean"]
+
+
+def test_an_agent_without_its_buffer_plays_episodes_first(dense, tmp_path):
+    agent = load_agent(dense)
+    (tmp_path / "shipped").mkdir()
+    write_agent(tmp_path / "shipped", SavedAgent(**vars(agent)))
+    config = finished(tmp_path / "shipped", tmp_path / "run")
+    trainer = prune_checkpoint.start(config, [])
+    trainer.run()
+    assert len(read_history(tmp_path / "run", "cut")) == 3
+    assert trainer.progress.env_steps == 320  # the gathered episodes are not counted
+    assert len(trainer.replay) == min(110, 20 * 2 + 120)
+
+
+@pytest.mark.parametrize("after", [3, 30])
+def test_pruning_a_finished_agent_resumes_exactly(dense, tmp_path, after):
+    prune_checkpoint.start(finished(dense, tmp_path / "whole"), []).run()
+    trainer = prune_checkpoint.start(finished(dense, tmp_path / "run"), [])
+    left = after
+
+    def interrupted(step=trainer.step):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step()
+
+    trainer.step = interrupted
+    with pytest.raises(Stopped):
+        trainer.run()
+    resume(tmp_path / "run").run()
+    assert_same_pruning(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_plan_is_explained_saved_and_carried_out_on_the_checkpoint(dense, tmp_path):
+    config = finished(dense, tmp_path / "run", explain=str(tmp_path / "plan.json"))
+    plan = prune_checkpoint.explain(config)
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert not (tmp_path / "run").exists()
+    given = replace(config.prune, plan=str(tmp_path / "plan.json"))
+    prune_checkpoint.start(replace(config, explain=None, prune=given), []).run()
+    widths = load_agent(tmp_path / "run").model.widths
+    assert widths.latent == plan.widths_after["encoder.2+dynamics.4"]
+    assert widths.policy == (plan.widths_after["policy.0"], plan.widths_after["policy.2"])
+    assert len(read_history(tmp_path / "run", "cut")) == 1
+    with pytest.raises(UserError, match="the plan does not fit: group 'encoder"):
+        prune_checkpoint.start(
+            replace(
+                config,
+                explain=None,
+                prune=given,
+                checkpoint=str(tmp_path / "run"),
+                run_dir=str(tmp_path / "again"),
+            ),
+            [],
+        )
+
+
+def test_a_run_can_start_from_a_checkpoint_only_for_the_same_task(dense, tmp_path):
+    config = small_config(tmp_path / "x", start_from=str(dense), task="gym:Pendulum-v1")
+    with pytest.raises(UserError, match="its task is gym:tests"):
+        runs.start(config, [])
+
+
+def test_widths_of_weights():
+    widths = Widths(3, 2, 5, (7,), (4, 6), (8, 9), (2, 3), ((4, 5), (6, 7), (8, 9)))
+    from tdmpc_prune.agent.world_model import WorldModel
+
+    assert Widths.of_weights(WorldModel(widths).state_dict()) == widths
+
+
+# --- As typed --------------------------------------------------------------------------------
+
+PRUNED = [*SMALL, "prune=bayesian", "prune.min_width=2", "prune.round_to=1", "prune.steps=2",
+          "prune.max_return_drop=10"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune.sparsity=0.999"], "binding floors: "),
+        (["prune.end=500"], "ends at 500 env steps, after the run, which ends at 120"),
+        (["prune.protect=[coupling,encoder,dynamics,reward,policy,q_ensemble]"],
+         "leaves nothing that may be cut"),
+        (["prune.protect=[latnt]"], "there is no 'latnt'"),
+        (["prune.sparsity=1.5"], "prune.sparsity=1.5 must lie in (0, 1)"),
+        (["prune.shape=cosin"], "must be one of cosine, linear, cubic"),
+        (["prune.budgets={dynamics: 3}"], "must lie in [0, 1]"),
+        (["prune.spasity=0.5"], "did you mean prune.sparsity"),
+        (["prune=bayesan"], "the choices are none, bayesian"),
+        (["prune.plan=nowhere.json"], "plan 'nowhere.json' cannot be read"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_line_and_nothing_starts(tmp_path, arguments, message):
+    done = run("train.py", *PRUNED, *arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0], done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_commands_train_prune_groups(tmp_path):
+    done = run("train.py", *PRUNED, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/gym-tests.synthetic-Reach-v0/bayesian/seed1"
+    assert "cut 2 of 2 at" in done.stdout and "are left (sparsity 0.9" in done.stdout
+    assert (folder / "course.png").exists()
+    assert "| all " in (folder / "plans/step-1.md").read_text()
+
+    done = run("groups.py", f"checkpoint={folder}", "json=groups.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "(1 coupling)" in done.stdout
+    assert json.loads((tmp_path / "groups.json").read_text())
+    done = run("groups.py", REACH, "model=paper", cwd=tmp_path)
+    assert "12 groups (1 coupling)" in done.stdout
+
+    shutil.rmtree(tmp_path / "runs")
+    run("train.py", *SMALL, cwd=tmp_path)
+    dense = tmp_path / "runs/gym-tests.synthetic-Reach-v0/none/seed1"
+    settings = ["prune.min_width=2", "prune.round_to=1", "prune.gather_updates=3", "device=cpu"]
+    settings += [f"checkpoint={dense}", "prune.max_return_drop=10"]
+    done = run("prune.py", *settings, "explain=plan.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| all " in done.stdout and "nothing was cut" in done.stdout
+    done = run(
+        "prune.py", *settings, "prune.plan=plan.json", "env_steps=40", "eval_episodes=2",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "are left (sparsity 0.9" in done.stdout
+    done = run("prune.py", *settings, "prune=none", cwd=tmp_path)
+    assert done.returncode == 2 and "prune=none cuts nothing" in done.stderr
+
+
+def test_the_trainer_knows_every_pruning_step():
+    assert set(pruning_steps.TAKE) == {"measure", "cut", "undo"}
