@@ -17,6 +17,12 @@ from tdmpc_prune.agent.learner import Learner
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan
 from tdmpc_prune.agent.replay import Episode, SequenceReplay
 from tdmpc_prune.agent.world_model import Widths, WorldModel
+from tdmpc_prune.compression import agent_computation
+from tdmpc_prune.pruning.config import PruneConfig
+from tdmpc_prune.pruning.groups import find_groups
+from tdmpc_prune.pruning.importance import Tracker
+from tdmpc_prune.pruning.plan import make_plan
+from tdmpc_prune.pruning.surgery import commit, kept_units
 
 _SQUARE = 512  # side of the matrices whose product gives the machine's rate
 _WARM_UP = 3
@@ -37,6 +43,26 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class PruningCost:
+    """What pruning adds to training. Trackers are timed inside the updates that they watch."""
+
+    update_milliseconds: float  # median, without the trackers
+    one_metric_milliseconds: float  # median per update: `bayesian` alone
+    all_metrics_milliseconds: float
+    cut_seconds: float  # plan, commit, verification by tracing, bookkeeping: half the parameters
+
+    def text(self) -> str:
+        one, every = (
+            f"{ms:.2f} ms ({ms / self.update_milliseconds:.1%} of an update)"
+            for ms in (self.one_metric_milliseconds, self.all_metrics_milliseconds)
+        )
+        return (
+            f"importance tracker: {one} with one metric, {every} with all\n"
+            f"a cut of half the parameters: {self.cut_seconds:.2f} s with its bookkeeping"
+        )
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """Measurements of one model on one machine."""
 
@@ -45,6 +71,7 @@ class Benchmark:
     parameters: int
     gflops: float  # measured rate of a 512 x 512 float32 product
     measurements: list[Measurement]
+    pruning: PruningCost
 
     def table(self) -> str:
         """The measurements as Markdown."""
@@ -60,7 +87,7 @@ class Benchmark:
             f"| {m.times_floor:.1f} | {m.gflop:.3f} |"
             for m in self.measurements
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, "", self.pruning.text()])
 
     def as_json(self) -> dict:
         measurements = [asdict(m) | {"times_floor": m.times_floor} for m in self.measurements]
@@ -84,7 +111,7 @@ def benchmark(
     env.close()
     generator = torch.Generator(device).manual_seed(0)
     model = WorldModel(Widths.dense(config.network, observation, action)).to(device)
-    decide, update = plan, Learner(model, config.planner, config.learning).update
+    decide, learner = plan, Learner(model, config.planner, config.learning)
     if device.type == "cuda":
         decide = torch.compile(plan, mode="reduce-overhead")
 
@@ -100,21 +127,73 @@ def benchmark(
     )
     what = {
         f"decision ({environments} at once)" if environments > 1 else "decision": decision,
-        "update": lambda: update(batch, generator),
+        "update": lambda: learner.update(batch, generator),
     }
     before = _matrix_rate(device)
     timed = {name: _median_milliseconds(call, repeats, device) for name, call in what.items()}
     rate = statistics.median([before, _matrix_rate(device)])
+    floors = [
+        Measurement(name, timed[name], 1000 * flop / rate, flop)
+        for name, flop in ((name, _gflop(call)) for name, call in what.items())
+    ]
     return Benchmark(
         device=str(device),
         threads=torch.get_num_threads(),
         parameters=sum(p.numel() for p in model.parameters()),
         gflops=rate,
-        measurements=[
-            Measurement(name, timed[name], 1000 * flop / rate, flop)
-            for name, flop in ((name, _gflop(call)) for name, call in what.items())
-        ],
+        measurements=floors,
+        pruning=_pruning_cost(learner, config, lambda: learner.update(batch, generator), repeats),
     )
+
+
+def _pruning_cost(
+    learner: Learner, config: AgentConfig, update: Callable[[], object], repeats: int
+) -> PruningCost:
+    """Both trackers watch the same updates; then half of the parameters are cut."""
+    ties = agent_computation(learner.model, learner.target, config)
+    structure = find_groups(ties)
+    one, every = (
+        Tracker(structure, learner.model, PruneConfig(method="bayesian", compare=compare), seed=0)
+        for compare in (False, True)
+    )
+    spent = {"one": 0.0, "every": 0.0}
+
+    def timed(name: str, tracker: Tracker):
+        def hook(loss, parameters) -> None:
+            _wait(learner.device)
+            began = time.perf_counter()
+            tracker(loss, parameters)
+            _wait(learner.device)
+            spent[name] += 1000 * (time.perf_counter() - began)
+
+        return hook
+
+    learner.gradient_hooks += [timed("one", one), timed("every", every)]
+    rows = []
+    for _ in range(_WARM_UP + repeats):
+        spent.update(one=0.0, every=0.0)
+        began = time.perf_counter()
+        update()
+        _wait(learner.device)
+        whole = 1000 * (time.perf_counter() - began)
+        rows.append((whole - sum(spent.values()), spent["one"], spent["every"]))
+    learner.gradient_hooks.clear()
+
+    began = time.perf_counter()
+    settings, dense = PruneConfig(method="bayesian", min_width=1), structure.parameters()
+    cut = make_plan(structure, one.densities("bayesian", learner.model), settings, 0.5, dense)
+    left = commit(cut, structure, ties, learner.optimisers.values())
+    for tracker in (one, every):
+        tracker.keep(kept_units(cut), left, learner.model)
+    _wait(learner.device)
+    seconds = time.perf_counter() - began
+    return PruningCost(*map(statistics.median, zip(*rows[_WARM_UP:], strict=True)), seconds)
+
+
+def _wait(device: torch.device) -> None:
+    """Until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _filled_replay(config: AgentConfig, observation: int, action: int) -> SequenceReplay:
@@ -159,8 +238,7 @@ def _median_milliseconds(call: Callable[[], object], repeats: int, device: torch
     for i in range(_WARM_UP + repeats):
         began = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        _wait(device)
         if i >= _WARM_UP:
             times.append(1000 * (time.perf_counter() - began))
     return statistics.median(times)
