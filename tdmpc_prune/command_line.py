@@ -107,16 +107,20 @@ def help_text(name: str, schema: type, purpose: str) -> str:
 
 
 def _shown(default: Any) -> str:
-    return {None: "null", MISSING: "…"}.get(default, str(default))
+    return {"None": "null", MISSING: "…"}.get(str(default), str(default))
 
 
-def _fields(schema: type, prefix: str = "") -> list[tuple[str, Any, str]]:
+def _fields(schema: type) -> list[tuple[str, Any, str]]:
     """Every setting as (dotted name, default, documentation)."""
-    found = []
-    for field in dataclasses.fields(schema):
-        nested = field.default_factory
-        if dataclasses.is_dataclass(nested):
-            found += _fields(nested, f"{prefix}{field.name}.")
-        else:
-            found.append((prefix + field.name, field.default, field.metadata["help"]))
-    return found
+
+    def walk(config: Any, prefix: str) -> list[tuple[str, Any, str]]:
+        found = []
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if dataclasses.is_dataclass(value):
+                found += walk(value, f"{prefix}{field.name}.")
+            else:
+                found.append((prefix + field.name, value, field.metadata["help"]))
+        return found
+
+    return walk(schema(), "")

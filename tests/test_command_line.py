@@ -68,13 +68,18 @@ def test_wrong_input_is_one_line_and_nothing_starts(tmp_path, arguments, message
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "benchmark.py"])
+@pytest.mark.parametrize(
+    "script", ["train.py", "prune.py", "groups.py", "evaluate.py", "benchmark.py"]
+)
 def test_help_documents_every_setting(tmp_path, script):
     done = run(script, "--help", cwd=tmp_path)
     assert done.returncode == 0
-    assert "device=auto" in done.stdout
+    assert ("json=null" if script == "groups.py" else "device=auto") in done.stdout
     settings = [line for line in done.stdout.splitlines() if line.startswith("  ")]
     assert all(len(line.split(maxsplit=1)) == 2 for line in settings)
+    assert "MISSING" not in done.stdout and "object at" not in done.stdout
+    if script == "prune.py":
+        assert "prune.end=0.6" in done.stdout and "prune.sparsity=0.9" in done.stdout
 
 
 def test_train_evaluate_and_read_the_logs(tmp_path):
@@ -123,6 +128,9 @@ def test_benchmark(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "speed.json").read_text())
     decision, update = result["measurements"]
+    cost = result["pruning"]
+    assert 0 < cost["one_metric_milliseconds"] < cost["all_metrics_milliseconds"]
+    assert cost["cut_seconds"] > 0 and "a cut of half the parameters" in done.stdout
     assert (decision["what"], update["what"]) == ("decision", "update")
     assert 0 < decision["floor_milliseconds"] < decision["milliseconds"]
     assert "times the floor" in done.stdout
