@@ -92,7 +92,14 @@ def course(run_dir: Path) -> Figure:
             axis.axvline(cut["env_steps"], color=colour, linewidth=0.8, linestyle="--")
     for cut in cuts:
         label = f"{cut['step']}{' undone' if cut['step'] in undone else ''}"
-        top.annotate(label, (cut["env_steps"], 1), xycoords=("data", "axes fraction"), fontsize=7)
+        top.annotate(
+            label,
+            (cut["env_steps"], 0),
+            xytext=(2, 4),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            fontsize=7,
+        )
     if tracked:
         top.legend(fontsize=8, loc="lower right")
     return figure

@@ -55,10 +55,11 @@ def resume(config: TrainConfig, given: list[str]) -> Trainer:
                 f"{', '.join(sorted(_MAY_CHANGE_ON_RESUME - {'resume'}))} can"
             )
     changed = {name: getattr(config, name) for name in given if name != "resume"}
-    trainer = Trainer(replace(saved, **changed), run_dir)
-    if any((run_dir / "checkpoints").glob("[0-9]*-[0-9]*")):
-        trainer.load(checkpoint_dir(run_dir))
-    return trainer  # a run that was killed before its first checkpoint starts again
+    if not any((run_dir / "checkpoints").glob("[0-9]*-[0-9]*")):
+        return Trainer(replace(saved, **changed), run_dir)  # killed before its first checkpoint
+    trainer = Trainer(replace(saved, **changed, start_from=None), run_dir)
+    trainer.load(checkpoint_dir(run_dir))
+    return trainer
 
 
 def finish(trainer: Trainer) -> None:

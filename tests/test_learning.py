@@ -8,7 +8,8 @@ import torch
 
 from tdmpc_prune import runs
 from tdmpc_prune.config import TrainConfig
-from tests.small import AGENT, small_config
+from tdmpc_prune.pruning.config import PruneConfig
+from tests.small import AGENT, PRUNE, small_config
 from tests.synthetic import REACH_OPTIMUM
 
 LEARNER = replace(
@@ -25,6 +26,19 @@ def test_it_reaches_the_known_optimum(tmp_path):
     evaluation = runs.start(config, []).run()
     assert evaluation.mean > 0.97 * REACH_OPTIMUM
     assert evaluation.mean < REACH_OPTIMUM + 1e-6
+
+
+def test_it_is_there_still_with_a_fifth_of_its_parameters(tmp_path):
+    """Pruned while it learns, in three cuts."""
+    prune = replace(
+        PRUNE, sparsity=0.8, start=0.3, end=0.6, min_width=3, max_return_drop=0.1, compare=False
+    )
+    config = small_config(
+        tmp_path / "run", model=LEARNER, prune=prune, env_steps=1600, eval_every=1600
+    )
+    trainer = runs.start(replace(config, eval_episodes=10), [])
+    assert trainer.run().mean > 0.97 * REACH_OPTIMUM
+    assert trainer.compression.sparsity >= 0.8
 
 
 def test_it_learns_that_termination_ends_the_reward(tmp_path):
@@ -45,6 +59,17 @@ def test_it_learns_that_termination_ends_the_reward(tmp_path):
         over, still = model.min_q(latent, torch.tensor([[1.0], [0.0]]))
     # Stepping over pays about 2 and nothing after; staying pays about 1 each decision.
     assert over < 5 < still
+
+
+@pytest.mark.slow
+def test_a_pruned_agent_keeps_the_return(tmp_path):
+    """Slow: minutes of training on the real task. Nine tenths of the parameters go."""
+    config = TrainConfig(
+        prune=PruneConfig(method="bayesian"), eval_every=50_000, run_dir=str(tmp_path / "run")
+    )
+    trainer = runs.start(config, [])
+    assert trainer.run().mean >= 0.95 * 850
+    assert trainer.compression.sparsity >= 0.9
 
 
 @pytest.mark.slow

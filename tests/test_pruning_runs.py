@@ -319,7 +319,9 @@ def test_an_agent_without_its_buffer_plays_episodes_first(dense, tmp_path):
 @pytest.mark.parametrize("after", [3, 30])
 def test_pruning_a_finished_agent_resumes_exactly(dense, tmp_path, after):
     prune_checkpoint.start(finished(dense, tmp_path / "whole"), []).run()
-    trainer = prune_checkpoint.start(finished(dense, tmp_path / "run"), [])
+    shutil.copytree(dense, tmp_path / "dense")
+    trainer = prune_checkpoint.start(finished(tmp_path / "dense", tmp_path / "run"), [])
+    shutil.rmtree(tmp_path / "dense")  # the run's own checkpoint is enough
     left = after
 
     def interrupted(step=trainer.step):
