@@ -200,14 +200,7 @@ def _filled_replay(config: AgentConfig, observation: int, action: int) -> Sequen
     rng = np.random.default_rng(0)
     learning = config.learning
     length = 10 * learning.horizon
-    replay = SequenceReplay(
-        length,
-        observation,
-        action,
-        learning.horizon,
-        learning.priority_exponent,
-        learning.priority_correction,
-    )
+    replay = SequenceReplay.of(learning, observation, action, capacity=length)
     replay.add(
         Episode(
             rng.normal(size=(length + 1, observation)).astype(np.float32),

@@ -136,6 +136,3 @@ def show(trainer: Trainer) -> None:
     """The pictures of a finished pruning run."""
     for path in pruning_report.save(trainer.run_dir):
         trainer.log.picture(f"pruning/{path.stem}", path, trainer.progress.env_steps)
-
-
-TAKE = {"measure": measure, "cut": cut, "undo": undo}

@@ -93,14 +93,7 @@ class Trainer:
         self.learner = Learner(model, agent.planner, learning)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.rng = np.random.default_rng(config.seed)
-        self.replay = SequenceReplay(
-            learning.buffer_decisions,
-            self.observation_width,
-            self.action_width,
-            learning.horizon,
-            learning.priority_exponent,
-            learning.priority_correction,
-        )
+        self.replay = SequenceReplay.of(learning, self.observation_width, self.action_width)
         self._plan = plan
         if self.device.type == "cuda":  # captured as CUDA graphs
             self._plan = torch.compile(plan, mode="reduce-overhead")
@@ -156,15 +149,21 @@ class Trainer:
         progress = self.progress
         seeded = progress.decisions >= self.config.model.learning.seed_decisions
         due = self.compression.due(progress.env_steps) if self.compression else None
-        if self.episode is None and due == "gather" and not progress.episodes_to_gather:
+        if self.episode or (due == "gather" and progress.episodes_to_gather):
+            self._decide()
+        elif due == "gather":
             pruning_steps.gather(self)
-        elif self.episode is None and seeded and progress.updates_due >= 1:
+        elif seeded and progress.updates_due >= 1:
             self._update()
-        elif self.episode is None and due in ("measure", "cut", "undo"):
-            pruning_steps.TAKE[due](self)
-        elif self.episode is None and progress.env_steps >= progress.next_evaluation:
-            self._evaluate()
-        elif self.episode is None and progress.env_steps >= self.config.env_steps:
+        elif due == "measure":
+            pruning_steps.measure(self)
+        elif due == "undo":
+            pruning_steps.undo(self)
+        elif progress.env_steps >= progress.next_evaluation:
+            self._evaluate()  # before a cut that is due at the same time
+        elif due == "cut":
+            pruning_steps.cut(self)
+        elif progress.env_steps >= self.config.env_steps:
             return False
         else:
             self._decide()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tdmpc_prune import prune_checkpoint, pruning_steps, runs
+from tdmpc_prune import prune_checkpoint, runs
 from tdmpc_prune.agent.world_model import Widths
 from tdmpc_prune.checkpoint import (
     SavedAgent,
@@ -436,7 +436,3 @@ def test_commands_train_prune_groups(tmp_path):
     assert "are left (sparsity 0.9" in done.stdout
     done = run("prune.py", *settings, "prune=none", cwd=tmp_path)
     assert done.returncode == 2 and "prune=none cuts nothing" in done.stderr
-
-
-def test_the_trainer_knows_every_pruning_step():
-    assert set(pruning_steps.TAKE) == {"measure", "cut", "undo"}

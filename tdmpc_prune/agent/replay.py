@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tdmpc_prune.agent.config import LearningConfig
+
 _SMALLEST_PRIORITY = 1e-6
 
 
@@ -105,6 +107,24 @@ class SequenceReplay:
         self._priorities = np.zeros(capacity)  # of starts; 0 where none may start
         self._tree = SumTree(capacity)  # the same, raised to the exponent
         self._added = 0  # decisions ever added
+
+    @classmethod
+    def of(
+        cls,
+        config: LearningConfig,
+        observation_width: int,
+        action_width: int,
+        capacity: int | None = None,
+    ) -> SequenceReplay:
+        """An empty buffer as configured; `capacity` in decisions, None takes the configured one."""
+        return cls(
+            capacity or config.buffer_decisions,
+            observation_width,
+            action_width,
+            config.horizon,
+            config.priority_exponent,
+            config.priority_correction,
+        )
 
     def __len__(self) -> int:
         return min(self._added, self.capacity)
