@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from envs import make_env
+from envs.tasks import default_action_repeat
 from tdmpc_prune.agent.config import AgentConfig
 from tdmpc_prune.agent.learner import Learner, model_loss, move_target, policy_loss
 from tdmpc_prune.agent.planner import PlannerNoise, draw_noise, first_means, plan, planning_macs
@@ -22,6 +23,7 @@ from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.checkpoint import load_agent
 from tdmpc_prune.components import component_parameters
 from tdmpc_prune.config import GroupsConfig, TrainConfig
+from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning.groups import Structure, find_groups
 from tdmpc_prune.pruning.importance import Tracker
 from tdmpc_prune.pruning.plan import Plan, make_plan
@@ -89,7 +91,8 @@ class Stage:
 
     phase: str = "gathering"  # then waiting → measured → cut → recovering → waiting, or → failed
     gathered: int = 0  # updates whose gradients were gathered before the start
-    step: int = 0  # cuts tried
+    step: int = 0  # steps of the schedule taken
+    kept: int = 0  # cuts that were not undone
     changes: int = 0  # cuts and undone cuts: two equal numbers, and it is the same agent
     reference: float | None = None  # return of the dense agent
     failed: float | None = None  # smallest sparsity that had to be undone
@@ -119,6 +122,7 @@ class Compression:
         self.config = config.prune
         self._agent = config.model
         self._seed = config.seed
+        self._action_repeat = config.action_repeat or default_action_repeat(config.task)
         self._given = Plan.load(Path(self.config.plan)) if self.config.plan else None
         if self._given:
             self.schedule = Schedule(first, first, 1, self._given.sparsity, self.config.shape)
@@ -141,8 +145,16 @@ class Compression:
         """Refuse, before anything is done, what could not be carried out later.
 
         Raises:
-            UserError: floors make the final sparsity unreachable, or the plan does not fit.
+            UserError: floors make the final sparsity unreachable, the plan does not fit, or a cut
+                is due before there is any gradient to rank by.
         """
+        first_update = self._agent.learning.seed_decisions * self._action_repeat
+        if self.stage.phase == "waiting" and self.schedule.time_of(1) <= first_update:
+            raise UserError(
+                f"the first cut is due at {self.schedule.time_of(1):.0f} env steps, but nothing is "
+                f"learnt before {first_update} (model.learning.seed_decisions): raise prune.start "
+                f"or env_steps"
+            )
         if self._given:
             self._given.check(self.structure)
         else:
@@ -172,14 +184,27 @@ class Compression:
             "planning_macs": sum(self.structure.macs().values()),
         }
 
-    def importance(self, env_steps: int) -> dict[str, dict[str, float]]:
-        """Metric → group → mean importance per parameter of its units; empty before any update."""
-        return {
-            metric: {
-                name: float(values[units].mean()) for name, units in self._tracker.groups.items()
+    def importance(self, env_steps: int) -> dict[str, dict[str, dict[str, float]]]:
+        """Mean importance per parameter of the units of each group and of each component.
+
+        Returns:
+            "groups" and "components" → metric → name → mean; coupling units count as a component
+            of their own. Empty before any update.
+        """
+        units = self._tracker.groups
+        homes: dict[str, list[slice]] = {}
+        for group in self.structure.groups:
+            homes.setdefault(group.home, []).append(units[group.name])
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for metric, values in self._densities(env_steps).items():
+            found.setdefault("groups", {})[metric] = {
+                name: float(values[own].mean()) for name, own in units.items()
             }
-            for metric, values in self._densities(env_steps).items()
-        }
+            found.setdefault("components", {})[metric] = {
+                home: float(np.concatenate([values[own] for own in parts]).mean())
+                for home, parts in homes.items()
+            }
+        return found
 
     def rank_correlations(self, env_steps: int) -> dict[str, float]:
         """Spearman's correlation of every two metrics over all units, by "one ~ other"."""
@@ -202,7 +227,7 @@ class Compression:
         """What a pruned checkpoint says of its parent and of how it was made."""
         return {
             "method": self.config.method,
-            "cuts": self.stage.step,
+            "cuts": self.stage.kept,
             "dense_return": self.stage.reference,
             "dense_parameters": sum(self.dense.values()),
             "dense_planning_macs": self.dense_macs,
@@ -217,7 +242,7 @@ class Compression:
             return "gather"
         if stage.phase == "waiting":
             next_step = stage.step + 1
-            left = next_step <= self.schedule.steps
+            left = next_step <= self.schedule.steps and self._tracker.has_evidence
             return "measure" if left and env_steps >= self.schedule.time_of(next_step) else None
         if stage.phase == "measured":
             return "cut"
@@ -270,7 +295,10 @@ class Compression:
         if env_steps < record["until"]:
             return "recovering", record
         least = stage.reference - self.config.max_return_drop * abs(stage.reference)
-        record |= {"recovered": values, "least": least, "kept": values["mean"] >= least}
+        trained = record["until"] > record["cut_at"]  # else there was no recovery to judge
+        record |= {"recovered": values, "least": least}
+        record["kept"] = values["mean"] >= least or not trained
+        stage.kept += record["kept"]
         stage.phase = "waiting" if record["kept"] else "failed"
         if record["kept"]:
             self._before_cut = {}
@@ -278,24 +306,23 @@ class Compression:
 
     # --- Cutting and undoing ------------------------------------------------------------------
 
-    def plan(self, densities: np.ndarray, sparsity: float) -> Plan:
+    def plan(self, densities: np.ndarray, sparsity: float, strict: bool = True) -> Plan:
         """A plan for the agent as it is. Raises UserError: see `make_plan`."""
-        return make_plan(self.structure, densities, self.config, sparsity, self.dense)
+        return make_plan(self.structure, densities, self.config, sparsity, self.dense, strict)
 
     def next_plan(self, env_steps: int) -> Plan:
-        """The cut of the next step; one that failed is approached by halves."""
+        """The cut of the next step, as far as the limits allow; failures are halved towards."""
         if self._given:
             return self._given
         target = self.schedule.sparsity_after(self.stage.step + 1)
         if self.stage.failed is not None:
             target = min(target, (self.sparsity + self.stage.failed) / 2)
-        return self.plan_at(env_steps, target)
+        return self.plan_at(self.schedule.progress(env_steps), target, strict=False)
 
-    def plan_at(self, env_steps: int, sparsity: float) -> Plan:
-        """A plan by the importance at this time."""
-        progress = self.schedule.progress(env_steps)
+    def plan_at(self, progress: float, sparsity: float, strict: bool = True) -> Plan:
+        """A plan by the evidence so far, weighed as at `progress` of the schedule."""
         densities = self._tracker.densities(self.config.method, self._learner.model, progress)
-        return self.plan(densities, sparsity)
+        return self.plan(densities, sparsity, strict)
 
     def cut(self, plan: Plan, env_steps: int) -> None:
         """Carry out a plan on networks, targets, optimisers and tracker: all, or nothing.
@@ -315,7 +342,7 @@ class Compression:
         stage.came_back = False
         stage.record |= {
             "cut_at": env_steps,
-            "until": self.schedule.end_of(stage.step, self._last),
+            "until": self.schedule.end_of(stage.step, env_steps, self._last),
             "target": plan.sparsity,
             "widths": plan.widths_after,
         } | self.size()
@@ -373,12 +400,25 @@ class Compression:
         """Everything that the rest of the pruning depends on: JSON types, and tensors."""
         tensors = {f"now/{name}": tensor for name, tensor in self._tracker.state().items()}
         values = {"stage": vars(self.stage), "schedule": vars(self.schedule)}
+        values["given"] = asdict(self._given) if self._given else None
         return values, tensors | self._before_cut
 
     def load_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Go on from what `state` returned; the learner of that time is attached."""
+        """Go on from what `state` returned; the learner of that time is attached.
+
+        Raises:
+            UserError: the run would now end before its schedule.
+        """
         self.stage = Stage(**values["stage"])
         self.schedule = Schedule(**values["schedule"])
+        self._given = Plan.of(values["given"]) if values["given"] else None
+        if self.schedule.end > self._last:
+            raise UserError(
+                f"env_steps={self._last} would end the run before its pruning schedule, which "
+                f"goes on to {self.schedule.end:.0f}"
+            )
+        if "until" in self.stage.record:
+            self.stage.record["until"] = min(self.stage.record["until"], self._last)
         now = {n.removeprefix("now/"): t for n, t in tensors.items() if n.startswith("now/")}
         self._tracker.load_state(now, self.structure, self._learner.model)
         self._before_cut = {n: t for n, t in tensors.items() if not n.startswith("now/")}

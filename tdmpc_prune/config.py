@@ -61,10 +61,10 @@ class PruneCheckpointConfig:
 
     checkpoint: str = setting(MISSING, "the agent: a run folder (its newest checkpoint) or one")
     prune: PruneConfig = setting(
-        lambda: PruneConfig(method="bayesian", start=0.0, end=0.6), "how to compress"
+        lambda: PruneConfig(method="bayesian", start=0.0), "how to compress"
     )
     env_steps: int = setting(
-        20_000, "training from the first cut to the end, in simulator steps; 0 only cuts"
+        20_000, "training from here to the end, in simulator steps; 0 only cuts"
     )
     explain: str | None = setting(
         None, "file for the plan of one cut to prune.sparsity; it is printed, and nothing is cut"
@@ -75,7 +75,7 @@ class PruneCheckpointConfig:
     eval_every: int = setting(5_000, "env steps between evaluations")
     eval_episodes: int = setting(10, "episodes per evaluation")
     run_dir: str | None = setting(
-        None, "folder of the run; null takes runs/<task>/<prune>-of-dense/seed<seed>"
+        None, "folder of the run; null takes runs/<task>/<prune>-of-finished/seed<seed>"
     )
 
     def __post_init__(self):

@@ -15,8 +15,6 @@ from tdmpc_prune.training import Trainer
 def training_config(config: PruneCheckpointConfig) -> TrainConfig:
     """The run that takes the agent from its checkpoint to the end of its recovery."""
     agent = load_agent(config.checkpoint)
-    task = agent.task.replace(":", "-").replace("/", "-")
-    folder = f"runs/{task}/{config.prune.method}-of-dense/seed{config.seed}"
     return TrainConfig(
         task=agent.task,
         prune=config.prune,
@@ -28,7 +26,7 @@ def training_config(config: PruneCheckpointConfig) -> TrainConfig:
         action_repeat=agent.action_repeat,
         eval_every=config.eval_every,
         eval_episodes=config.eval_episodes,
-        run_dir=config.run_dir or folder,
+        run_dir=config.run_dir,
         start_from=str(config.checkpoint),
     )
 

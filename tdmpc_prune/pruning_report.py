@@ -75,8 +75,11 @@ def course(run_dir: Path) -> Figure:
     )
 
     sizes = [(0, 0.0, None)] if not settings["start_from"] else []
-    sizes += [(t["env_steps"], t["sparsity"], t["decision_ms"]) for t in tracked]
-    sizes += [(evaluations[-1]["env_steps"], sizes[-1][1], None)] if evaluations else []
+    sizes += [
+        (t["env_steps"], t["sparsity"], t.get("decision_ms"))
+        for t in read_history(run_dir, "tracking", "undone")
+    ]
+    sizes += [(evaluations[-1]["env_steps"], sizes[-1][1], None)] if sizes and evaluations else []
     middle.step([s[0] for s in sizes], [s[1] for s in sizes], where="post", color="C1")
     middle.set_ylabel("sparsity")
     middle.set_ylim(0, 1)

@@ -42,7 +42,7 @@ def plan_one_cut(trainer: Trainer) -> Plan:
         while trainer.compression.due(env_steps) == "gather":
             trainer.step()
         trainer.log.close()
-    return trainer.compression.plan_at(env_steps, trainer.config.prune.sparsity)
+    return trainer.compression.plan_at(1.0, trainer.config.prune.sparsity)
 
 
 def measure(trainer: Trainer) -> None:
@@ -106,7 +106,18 @@ def undo(trainer: Trainer) -> None:
     """Go back to the networks, optimisers and tracker before a cut that did not recover."""
     model, state = trainer.compression.before_cut()
     trainer.take_learner(model, state, trainer.learner.updates)
-    trainer.compression.undo(trainer.learner)
+    compression, env_steps = trainer.compression, trainer.progress.env_steps
+    compression.undo(trainer.learner)
+    size = compression.size()
+    trainer.log.record("undone", env_steps, step=compression.stage.record["step"], **size)
+    trainer.progress.history = trainer.log.history
+    trainer.log.scalars(
+        env_steps,
+        {
+            "pruning/sparsity": size["sparsity"],
+            "pruning/planning MACs": size["planning_macs"],
+        },
+    )
     trainer.save()
 
 
@@ -120,14 +131,16 @@ def log_importance(trainer: Trainer) -> None:
         return
     progress.next_importance = progress.env_steps + trainer.config.eval_every // 5
     correlations = compression.rank_correlations(progress.env_steps)
-    trainer.log.record(
-        "importance", progress.env_steps, groups=importance, correlations=correlations
-    )
+    trainer.log.record("importance", progress.env_steps, **importance, correlations=correlations)
     progress.history = trainer.log.history
-    own = importance[trainer.config.prune.method]
     trainer.log.scalars(
         progress.env_steps,
-        {f"importance/{group}": value for group, value in own.items()}
+        {
+            f"importance by {kind[:-1]}/{metric}/{name}": value
+            for kind, metrics in importance.items()
+            for metric, values in metrics.items()
+            for name, value in values.items()
+        }
         | {f"rank correlation/{pair}": value for pair, value in correlations.items()},
     )
 

@@ -18,7 +18,8 @@ _MAY_CHANGE_ON_RESUME = {"resume", "env_steps", "device", "threads"}
 def default_run_dir(config: TrainConfig) -> Path:
     """Where a run goes that was given no folder."""
     task = config.task.replace(":", "-").replace("/", "-")
-    return Path("runs") / task / config.prune.method / f"seed{config.seed}"
+    arm = f"{config.prune.method}{'-of-finished' if config.start_from else ''}"
+    return Path("runs") / task / arm / f"seed{config.seed}"
 
 
 def start(config: TrainConfig, command: list[str]) -> Trainer:
@@ -57,7 +58,9 @@ def resume(config: TrainConfig, given: list[str]) -> Trainer:
     changed = {name: getattr(config, name) for name in given if name != "resume"}
     if not any((run_dir / "checkpoints").glob("[0-9]*-[0-9]*")):
         return Trainer(replace(saved, **changed), run_dir)  # killed before its first checkpoint
-    trainer = Trainer(replace(saved, **changed, start_from=None), run_dir)
+    # Its own checkpoint holds what it was started with.
+    own = {"start_from": None, "prune": replace(saved.prune, plan=None)}
+    trainer = Trainer(replace(saved, **changed, **own), run_dir)
     trainer.load(checkpoint_dir(run_dir))
     return trainer
 

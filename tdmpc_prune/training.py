@@ -52,7 +52,7 @@ class Progress:
     updates_due: float = 0.0  # earned by decisions, not yet made
     next_evaluation: int = 0  # env steps
     next_importance: int = 0  # env steps at which importance is logged
-    episodes_to_gather: int = 0  # played for the replay buffer alone, counted nowhere else
+    episodes_to_gather: int = 0  # played for the replay buffer alone, not counted as env steps
     history: int = 0  # lines of the history
 
 

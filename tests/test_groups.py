@@ -125,6 +125,20 @@ def test_target_networks_that_nothing_ties_are_refused():
         find_groups(alone)
 
 
+def test_target_networks_whose_average_is_not_traced_are_refused():
+    learner, ties = small_learner()
+
+    def apart(networks):
+        x = torch.zeros(1, 4, device="meta")
+        return [network.act(network.encode(x)) for network in networks.values()]
+
+    learner.model.reward = learner.model.dynamics = nn.Identity()
+    learner.model.q_ensemble = learner.target.q_ensemble = nn.ModuleList()
+    learner.target.reward = learner.target.dynamics = nn.Identity()
+    with pytest.raises(UserError, match="of network 'target' is tied to nothing in 'model'"):
+        find_groups(Computation(ties.networks, apart))
+
+
 def test_output_heads_are_not_pruned():
     learner, ties = small_learner()
     for group in find_groups(ties).groups:
@@ -222,7 +236,8 @@ def test_optimiser_holds_the_new_parameters_and_their_moments():
         optimiser.step()
     weight = learner.model.reward[2].weight
     before = {k: v.clone() for k, v in learner.optimisers["model_loss"].state[weight].items()}
-    cut(ties, {"reward.0": [2], "reward.2": [0, 10]}, learner.optimisers.values())
+    optimisers = (optimiser for optimiser in learner.optimisers.values())  # any iterable
+    cut(ties, {"reward.0": [2], "reward.2": [0, 10]}, optimisers)
     after = learner.optimisers["model_loss"].state[weight]
     rows, columns = range(1, 10), [0, 1, *range(3, 10)]
     for moment in ("exp_avg", "exp_avg_sq"):
@@ -356,15 +371,10 @@ def test_convolutions_flattening_and_their_norms():
     for _ in range(3):  # running statistics of their own
         net(torch.randn(4, 1, 8, 8).double())
     net.eval()
-    ties = one(net, shape=(2, 1, 8, 8))
-    structure = find_groups(
-        Computation(
-            ties.networks, lambda n: n["model"](torch.zeros(2, 1, 8, 8, device="meta").double())
-        )
-    )
     ties = Computation(
         {"model": net}, lambda n: n["model"](torch.zeros(2, 1, 8, 8, device="meta").double())
     )
+    structure = find_groups(ties)
     widths = {group.name: group.width for group in structure.groups}
     assert widths == {
         "encoder.0": 6,
@@ -424,6 +434,26 @@ def test_a_hard_coded_size_is_refused_and_nothing_is_cut():
         cut(ties, {group.name: [0]})
     assert net(torch.zeros(1, 5)).shape == (1, 2)
     assert net[0].out_features == 12
+
+
+def test_norms_without_weights_over_a_width_and_what_is_beside_it():
+    class Joint(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(5, 8)
+            self.norm = nn.LayerNorm(13, elementwise_affine=False)
+            self.head = nn.Sequential(nn.Linear(13, 12), SimNorm(4))
+            self.rms = nn.Sequential(nn.LayerNorm(12, elementwise_affine=False), nn.RMSNorm(12))
+            self.out = nn.Linear(12, 2)
+
+        def forward(self, x):
+            return self.out(self.rms(self.head(self.norm(torch.cat([self.body(x), x], -1)))))
+
+    net = Joint()
+    cut(one(net), {"body": [0, 7], "head.0": [1]})
+    assert net.norm.normalized_shape == (11,)
+    assert net.rms[0].normalized_shape == net.rms[1].normalized_shape == (8,)
+    assert net(torch.zeros(3, 5)).shape == (3, 2)
 
 
 class Shared(nn.Module):
@@ -506,6 +536,7 @@ def test_tied_weights_are_cut_once():
         (lambda x: F.pad(x, (0, 1)), "padding"),
         (lambda x: F.conv1d(x[None], torch.zeros(8, 1, 3, device="meta"), groups=8), "in 8 groups"),
         (lambda x: torch.fft.fft(x).real, "fft"),
+        (lambda x: x.view(torch.int32).float(), "a view as another type"),
     ],
 )
 def test_an_unknown_operation_on_a_prunable_channel_is_an_error_that_names_it(operation, name):

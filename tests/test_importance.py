@@ -19,7 +19,7 @@ from tdmpc_prune.pruning.importance import (
     posterior,
     weight_sum,
 )
-from tdmpc_prune.pruning.plan import make_plan
+from tdmpc_prune.pruning.plan import Plan, make_plan
 from tdmpc_prune.pruning.surgery import commit, kept_units
 from tdmpc_prune.pruning.tracing import Computation
 
@@ -254,3 +254,38 @@ def test_the_bound_shrinks_to_the_group_and_widens_with_doubt():
     assert (credible_bound(energies, 0.99, 3, 2.0) > early).all()
     alike = credible_bound(np.full(4, 2.0), 0.99, 100, 1.0)
     assert np.isfinite(alike).all() and np.ptp(alike) == 0
+
+
+def test_a_group_that_no_loss_reaches_is_the_least_important_and_stays_finite():
+    net, ties = make_net()
+    with torch.no_grad():
+        net[2].weight.zero_()  # as heads that start at zero: nothing flows back
+    structure = find_groups(ties)
+    tracker = Tracker(structure, net, PruneConfig(), seed=0)
+    for seed in range(3):
+        train_step(net, tracker, seed)
+    assert credible_bound(np.zeros(4), 0.99, 3, 1.0).tolist() == [0, 0, 0, 0]
+    for metric in METRICS:
+        found = tracker.densities(metric, net, 0.5)
+        assert np.isfinite(found).all() and (found >= 0).all()
+
+
+def test_a_width_that_is_cut_to_one_unit_is_tracked_no_longer():
+    net, ties = make_net()
+    structure = find_groups(ties)
+    config = PruneConfig(min_width=1, round_to=1)
+    tracker = Tracker(structure, net, config, seed=0)
+    train_step(net, tracker, 0)
+    for _ in structure.groups:
+        before = find_groups(ties)
+        name, width = next(iter(before.widths.items()))
+        zero = {c: (0, 0) for c in before.components}
+        homes = {group.name: group.home for group in before.groups}
+        plan = Plan(
+            "test", "test", 0, 1, before.widths, {name: list(range(1, width))}, homes, zero, zero
+        )
+        left = commit(plan, before, ties)
+        tracker.keep(kept_units(plan), left, net)
+        assert name not in left.widths
+        train_step(net, tracker, 1)
+        assert len(tracker.densities("bayesian", net)) == sum(left.widths.values())

@@ -99,7 +99,8 @@ def test_floors_protection_and_budgets():
 @pytest.mark.parametrize(
     ("changes", "sparsity", "message"),
     [
-        ({"min_width": 40, "round_to": 1}, 0.9, r"binding floors: dynamics\.0 ≥ 40, .*coupl|≥ 40"),
+        ({"min_width": 40, "round_to": 1}, 0.9,
+         r"binding floors: encoder\.2\+dynamics\.4 ≥ 24, dynamics\.0 ≥ 40"),
         ({"protect": ["dynamics"]}, 0.95, r"dynamics\.0 ≥ 48"),
         ({"budgets": {"dynamics": 0.1, "reward": 0.1, "policy": 0.1}}, 0.9, "budgets"),
         ({"protect": ["coupling", "encoder", "dynamics", "reward", "policy", "q_ensemble"]}, 0.1,
@@ -172,8 +173,9 @@ def test_schedules_rise_from_nothing_to_the_final_sparsity(shape):
     assert (np.diff(sparsities) > 0).all()
     if shape == "cosine":  # METHOD.md, section 4
         assert sparsities[2] == pytest.approx(0.9 * 0.5 * (1 - np.cos(np.pi * 0.4)))
-    assert schedule.end_of(1, 50_000) == 18_000
-    assert schedule.end_of(5, 32_000) == 32_000
+    assert schedule.end_of(1, 14_000, 50_000) == 18_000
+    assert schedule.end_of(5, 30_000, 32_000) == 32_000
+    assert schedule.end_of(1, 19_000, 50_000) == 23_000  # a late cut gets its time, too
     assert [schedule.progress(t) for t in (0, 10_000, 20_000, 60_000)] == [0, 0, 0.5, 1]
 
 
@@ -182,7 +184,7 @@ def test_schedules_of_a_run_that_starts_later_count_from_there():
     assert (schedule.start, schedule.end) == (50_000, 60_000)
     once = make_schedule(PruneConfig(start=0.0, end=0.6, steps=1), 50_000, 50_000)
     assert once == Schedule(50_000, 50_000, 1, 0.9, "cosine")
-    assert once.progress(50_000) == 1 and once.end_of(1, 50_000) == 50_000
+    assert once.progress(50_000) == 1 and once.end_of(1, 50_000, 50_000) == 50_000
 
 
 @pytest.mark.parametrize(
@@ -195,3 +197,23 @@ def test_schedules_of_a_run_that_starts_later_count_from_there():
 def test_schedules_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         make_schedule(PruneConfig(**changes), 0, 50_000)
+
+
+def test_without_strictness_a_plan_goes_as_far_as_it_may():
+    config = replace(CONFIG, budgets={"dynamics": 0.1, "reward": 0.1, "policy": 0.1})
+    plan = make_plan(STRUCTURE, densities(), config, 0.9, DENSE, strict=False)
+    assert 0 < plan.achieved < 0.9
+    nothing = replace(CONFIG, protect=list(DENSE))
+    assert make_plan(STRUCTURE, densities(), nothing, 0.9, DENSE, strict=False).removed == {}
+
+
+def test_importance_that_is_no_number_is_refused():
+    values = densities()
+    values[3] = np.nan
+    with pytest.raises(ValueError, match="not a finite number"):
+        make_plan(STRUCTURE, values, CONFIG, 0.5, DENSE)
+
+
+def test_budgets_are_for_global_allocation():
+    with pytest.raises(UserError, match="needs prune.allocation"):
+        PruneConfig(allocation="uniform", budgets={"dynamics": 0.5})

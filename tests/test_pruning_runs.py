@@ -95,6 +95,9 @@ def test_a_run_is_pruned_in_steps_and_says_what_each_did(whole_run):
     left = sum(p.numel() for p in agent.model.parameters())
     assert left == cuts[-1]["parameters"]
     said = agent.provenance["pruning"]
+    assert set(read_history(run_dir, "importance")[0]["components"]["bayesian"]) == {
+        *("encoder", "dynamics", "reward", "policy", "q_ensemble.0", "q_ensemble.1", "coupling")
+    }
     assert (said["method"], said["cuts"], said["parameters"]) == ("bayesian", 3, left)
     assert said["dense_return"] == steps[0]["before"]["mean"]
     assert said["sparsity"] == pytest.approx(1 - left / said["dense_parameters"])
@@ -115,9 +118,10 @@ def test_tensorboard_and_pictures_show_it(whole_run):
         logged = [(event.step, event.value) for event in events.Scalars(tag)]
         assert [step for step, _ in logged] == [t["env_steps"] for t in tracked]
         assert [value for _, value in logged] == pytest.approx([t[key] for t in tracked])
-    groups = {f"importance/{name}" for name in read_history(run_dir, "importance")[0]["groups"]
-              ["bayesian"]}  # fmt: skip
-    assert len(groups) == 12 and groups <= set(scalars)
+    names = read_history(run_dir, "importance")[0]["groups"]["bayesian"]
+    groups = {f"importance by group/{metric}/{name}" for metric in METRICS for name in names}
+    assert len(names) == 12 and groups <= set(scalars)
+    assert "importance by component/bayesian/coupling" in scalars
     assert "rank correlation/bayesian ~ magnitude" in scalars
     assert {"pruning/importance", "pruning/course"} <= set(events.Tags()["images"])
     for picture in ("course.png", "importance.png"):
@@ -210,7 +214,10 @@ def test_a_step_that_does_not_recover_is_undone_exactly(tmp_path, monkeypatch, c
     if number + 1 < len(steps):
         kept = undone[0][1]
         assert steps[number + 1]["target"] <= (kept + failed[0]["sparsity"]) / 2 + 1e-9
-    resume(tmp_path / "run").run()
+    (last,) = read_history(tmp_path / "run", "undone")[-1:]
+    assert last["sparsity"] == pytest.approx(undone[-1][1])
+    agent = load_agent(tmp_path / "run")
+    assert agent.provenance["pruning"]["cuts"] == len(steps) - len(failed)
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
@@ -316,6 +323,47 @@ def test_an_agent_without_its_buffer_plays_episodes_first(dense, tmp_path):
     assert len(trainer.replay) == min(110, 20 * 2 + 120)
 
 
+@pytest.mark.parametrize("explained", [False, True])
+def test_an_agent_without_its_buffer_can_be_cut_once_or_explained(dense, tmp_path, explained):
+    (tmp_path / "shipped").mkdir()
+    write_agent(tmp_path / "shipped", SavedAgent(**vars(load_agent(dense))))
+    path = str(tmp_path / "plan.json") if explained else None
+    config = finished(tmp_path / "shipped", tmp_path / "run", env_steps=0, explain=path)
+    config = replace(config, prune=replace(config.prune, steps=1, max_return_drop=0.0))
+    if explained:
+        assert prune_checkpoint.explain(config).removed
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json", "shipped"]
+        return
+    prune_checkpoint.start(config, []).run()
+    (step,) = read_history(tmp_path / "run", "pruning step")
+    assert step["kept"]  # there was no recovery that could have failed
+    assert load_agent(tmp_path / "run").provenance["pruning"]["sparsity"] >= 0.7
+
+
+def test_what_is_explained_is_what_is_cut(dense, tmp_path):
+    config = finished(dense, tmp_path / "run", explain=str(tmp_path / "plan.json"))
+    plan = prune_checkpoint.explain(config)
+    config = replace(config, explain=None, env_steps=0, prune=replace(config.prune, steps=1))
+    prune_checkpoint.start(config, []).run()
+    assert Plan.load(tmp_path / "run/plans/step-1.json") == plan
+
+
+def test_cuts_that_are_close_together_still_get_time(tmp_path):
+    """Twenty env steps are an episode; the schedule's cuts are five apart."""
+    config = pruning_config(tmp_path / "run")
+    config = replace(config, prune=replace(config.prune, start=100.0, end=115.0))
+    runs.start(config, []).run()
+    steps = read_history(tmp_path / "run", "pruning step")
+    assert [step["cut_at"] for step in steps] == [120, 140, 160]
+
+
+def test_a_run_cannot_be_shortened_into_its_schedule(whole_run, tmp_path):
+    shutil.copytree(whole_run[0], tmp_path / "run")
+    config = small_config(tmp_path / "run", resume=str(tmp_path / "run"), env_steps=150)
+    with pytest.raises(UserError, match="would end the run before its pruning schedule"):
+        runs.resume(config, ["resume", "env_steps"])
+
+
 @pytest.mark.parametrize("after", [3, 30])
 def test_pruning_a_finished_agent_resumes_exactly(dense, tmp_path, after):
     prune_checkpoint.start(finished(dense, tmp_path / "whole"), []).run()
@@ -344,7 +392,13 @@ def test_a_plan_is_explained_saved_and_carried_out_on_the_checkpoint(dense, tmp_
     assert Plan.load(tmp_path / "plan.json") == plan
     assert not (tmp_path / "run").exists()
     given = replace(config.prune, plan=str(tmp_path / "plan.json"))
-    prune_checkpoint.start(replace(config, explain=None, prune=given), []).run()
+    trainer = prune_checkpoint.start(replace(config, explain=None, prune=given), [])
+    trainer.step = lambda step=trainer.step: os.kill(os.getpid(), signal.SIGINT) or step()
+    with pytest.raises(Stopped):
+        trainer.run()
+    (tmp_path / "plan.json").rename(tmp_path / "elsewhere.json")  # the checkpoint holds it
+    resume(tmp_path / "run").run()
+    (tmp_path / "elsewhere.json").rename(tmp_path / "plan.json")
     widths = load_agent(tmp_path / "run").model.widths
     assert widths.latent == plan.widths_after["encoder.2+dynamics.4"]
     assert widths.policy == (plan.widths_after["policy.0"], plan.widths_after["policy.2"])
@@ -388,6 +442,7 @@ PRUNED = [*SMALL, "prune=bayesian", "prune.min_width=2", "prune.round_to=1", "pr
         (["prune.end=500"], "ends at 500 env steps, after the run, which ends at 120"),
         (["prune.protect=[coupling,encoder,dynamics,reward,policy,q_ensemble]"],
          "leaves nothing that may be cut"),
+        (["prune.end=0.3"], "due at 30 env steps, but nothing is learnt before 40"),
         (["prune.protect=[latnt]"], "there is no 'latnt'"),
         (["prune.sparsity=1.5"], "prune.sparsity=1.5 must lie in (0, 1)"),
         (["prune.shape=cosin"], "must be one of cosine, linear, cubic"),

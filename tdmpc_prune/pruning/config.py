@@ -22,8 +22,8 @@ class PruneConfig:
         0.2,
         "start of the schedule: up to 1 a fraction of the run, above 1 env steps into it",
     )
-    end: float = setting(0.5, "time of the last cut, likewise")
-    steps: int = setting(6, "cuts, evenly spaced after start up to end")
+    end: float = setting(0.6, "time of the last cut, likewise")
+    steps: int = setting(8, "cuts, evenly spaced after start up to end")
     shape: str = setting("cosine", f"how sparsity grows between them: {', '.join(SHAPES)}")
     allocation: str = setting(
         "global", "global ranks units of all groups by importance per parameter; uniform cuts alike"
@@ -70,6 +70,10 @@ class PruneConfig:
         for name in ("max_return_drop", "confidence"):
             value = getattr(self, name)
             require(value >= 0, f"prune.{name}={value} cannot be negative")
+        require(
+            not self.budgets or self.allocation == "global",
+            "prune.budgets needs prune.allocation=global: uniform cuts every component alike",
+        )
         for component, value in self.budgets.items():
             require(0 <= value <= 1, f"prune.budgets: {component}={value} must lie in [0, 1]")
         for name, value in self.min_widths.items():

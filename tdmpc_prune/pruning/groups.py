@@ -43,8 +43,23 @@ class Group:
         return len(self.components) > 1
 
     @property
+    def home(self) -> str:
+        """The component that its units are listed under; `coupling` for those of several."""
+        return "coupling" if self.coupling else self.components[0]
+
+    @property
     def kind(self) -> str:
         return "coupling" if self.coupling else "specific"
+
+
+# A size that depends on widths: what is fixed, and (group, channels per unit) for the rest.
+Factor = tuple[int, tuple[tuple[str, int], ...]]
+
+
+def size_of(factor: Factor, widths: Mapping[str, int]) -> int:
+    """The size of a dimension at these widths."""
+    fixed, parts = factor
+    return fixed + sum(times * widths[group] for group, times in parts)
 
 
 @dataclass(frozen=True)
@@ -53,12 +68,12 @@ class Size:
 
     component: str
     constant: int
-    factors: tuple[tuple[int, tuple[tuple[str, int], ...]], ...]  # fixed + Σ times · width
+    factors: tuple[Factor, ...]
 
     def at(self, widths: Mapping[str, int]) -> int:
         value = self.constant
-        for fixed, parts in self.factors:
-            value *= fixed + sum(times * widths[group] for group, times in parts)
+        for factor in self.factors:
+            value *= size_of(factor, widths)
         return value
 
 
@@ -70,7 +85,7 @@ class Structure:
     groups: tuple[Group, ...]
     parameter_sizes: tuple[Size, ...]
     mac_sizes: tuple[Size, ...]
-    bare_norms: tuple[tuple[str, str, str], ...]  # (network, LayerNorm without weights, group)
+    bare_norms: tuple[tuple[str, str, Factor], ...]  # (network, LayerNorm, its width), no weights
 
     @property
     def widths(self) -> dict[str, int]:
@@ -208,10 +223,22 @@ def find_groups(computation: Computation) -> Structure:
             )
         )
     groups = _distinct_names(groups)
-    names = [group.name for group in groups]
+
+    def factor(nodes: np.ndarray) -> Factor:
+        own = seen.classes[nodes]
+        inside = own[own != outside]
+        numbers, occurrences = np.unique(group_of[inside], return_counts=True)
+        parts = tuple(
+            (groups[number].name, int(times) // groups[number].width)
+            for number, times in zip(numbers, occurrences, strict=True)
+        )
+        return len(own) - len(inside), parts
 
     def sizes(counts: tuple[Count, ...]) -> tuple[Size, ...]:
-        return tuple(_size(count, seen.classes, outside, group_of, groups) for count in counts)
+        return tuple(
+            Size(count.component, count.constant, tuple(map(factor, count.factors)))
+            for count in counts
+        )
 
     return Structure(
         counted=counted,
@@ -219,9 +246,7 @@ def find_groups(computation: Computation) -> Structure:
         parameter_sizes=sizes(seen.parameters),
         mac_sizes=sizes(seen.macs),
         bare_norms=tuple(
-            (network, module, names[group_of[seen.classes[nodes[0]]]])
-            for network, module, nodes in seen.bare_norms
-            if seen.classes[nodes[0]] != outside
+            (network, module, factor(nodes)) for network, module, nodes in seen.bare_norms
         ),
     )
 
@@ -253,26 +278,6 @@ def _group_classes(seen: Trace) -> tuple[list[np.ndarray], np.ndarray, np.ndarra
         group_of[classes] = group
         unit_of[classes] = np.arange(len(classes))
     return [np.array(classes) for classes in members.values()], group_of, unit_of
-
-
-def _size(
-    count: Count,
-    classes: np.ndarray,
-    outside: int,
-    group_of: np.ndarray,
-    groups: list[Group],
-) -> Size:
-    factors = []
-    for nodes in count.factors:
-        own = classes[nodes]
-        inside = own[own != outside]
-        numbers, occurrences = np.unique(group_of[inside], return_counts=True)
-        parts = tuple(
-            (groups[number].name, int(times) // groups[number].width)
-            for number, times in zip(numbers, occurrences, strict=True)
-        )
-        factors.append((len(own) - len(inside), parts))
-    return Size(count.component, count.constant, tuple(factors))
 
 
 def _layer(tensor: str) -> str:

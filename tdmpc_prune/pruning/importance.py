@@ -121,6 +121,8 @@ class Tracker:
                 totals[k] += reduced[0].sum() if reduced else values.sum()
         count = sum(parameter.numel() for _, parameter in parameters)
         mean = torch.stack(totals) / count
+        if not units:
+            return
         unit = torch.cat(units)
         found = torch.zeros(len(sums), self._count + 1, device=unit.device)
         found.index_add_(1, unit, torch.stack([torch.cat(parts) for parts in sums]))
@@ -157,7 +159,8 @@ class Tracker:
         """Importance per parameter of every unit, `[U]`, float64.
 
         Current and historical evidence are combined as current^(1−w) · historical^w: high only for
-        a unit that is sensitive now *and* has been. w rises along the cosine with `progress`.
+        a unit that is sensitive now *and* has been. w rises along the cosine with `progress`, from
+        0 (current evidence alone) to 1 (historical alone).
 
         Args:
             metric: one of `METRICS`.
@@ -217,13 +220,12 @@ class Tracker:
             structure: the groups after the cut.
             network: the counted network after the cut.
         """
-        left = np.concatenate(
-            [
-                np.arange(units.start, units.stop)[kept.get(name, slice(None))]
-                for name, units in self.groups.items()
-            ]
-        )
-        index = torch.from_numpy(left)
+        left = [
+            np.arange(units.start, units.stop)[kept.get(name, slice(None))]
+            for name, units in self.groups.items()
+            if name in structure.widths  # a width of 1 is no group any more
+        ]
+        index = torch.from_numpy(np.concatenate([np.zeros(0, int), *left]))
         self._random = self._random[index]
         self._evidence = {
             loss: tuple(part[:, index.to(part.device)].clone() for part in parts)
@@ -302,9 +304,11 @@ def fit_prior(energies: np.ndarray, decay: float, updates: int) -> tuple[float, 
     it before α₀ is solved for, and α₀ is bounded: units that are alike would make it infinite.
     """
     mean = energies.mean()
+    if mean == 0:  # a loss that does not reach the group: nothing tells its units apart
+        return 2 + _STRONGEST_PRIOR, 0.0
     squares = (1 - decay ** (2 * updates)) / (1 - decay**2)
     n = weight_sum(decay, updates) ** 2 / squares  # effective observations
-    relative = energies.var() / max(mean, 1e-300) ** 2
+    relative = (energies / mean).var()
     spread = (relative - 1 / n) / (1 + 1 / n)  # 1 / (α₀ − 2)
     alpha = 2 + 1 / max(spread, 1 / _STRONGEST_PRIOR)
     return alpha, (alpha - 1) * mean

@@ -120,9 +120,16 @@ class Plan:
         if set(values) != known:
             wrong = sorted(known ^ set(values))[0]
             raise UserError(f"plan '{path}' is damaged: '{wrong}' is missing or unknown")
-        for name in ("parameters", "macs"):
-            values[name] = {key: tuple(pair) for key, pair in values[name].items()}
-        return Plan(**values)
+        return Plan.of(values)
+
+    @staticmethod
+    def of(values: dict) -> Plan:
+        """The plan that these JSON types describe."""
+        pairs = {
+            name: {key: tuple(pair) for key, pair in values[name].items()}
+            for name in ("parameters", "macs")
+        }
+        return Plan(**values | pairs)
 
 
 def make_plan(
@@ -131,6 +138,7 @@ def make_plan(
     config: PruneConfig,
     sparsity: float,
     dense: Mapping[str, int],
+    strict: bool = True,
 ) -> Plan:
     """Choose the units to cut.
 
@@ -140,10 +148,13 @@ def make_plan(
         config: allocation, floors, budgets, protection.
         sparsity: fraction of the dense parameters that is to be gone.
         dense: component → parameters of the dense network.
+        strict: False cuts as far as the limits allow.
 
     Raises:
         UserError: floors, budgets and protection do not allow it, and which bind.
     """
+    if not np.isfinite(densities).all():
+        raise ValueError("a unit's importance is not a finite number")
     widths = structure.widths
     floors = width_floors(structure, config)
     cuts = np.cumsum(list(widths.values()))[:-1]
@@ -155,7 +166,11 @@ def make_plan(
     allocate = _allocate_globally if config.allocation == "global" else _allocate_uniformly
     after = allocate(structure, ranked, floors, config, allowed, dense)
     left = sum(structure.parameters(after).values())
-    if left > allowed:
+    if strict and left > allowed:
+        if config.protect and after == widths:
+            raise UserError(
+                f"prune.protect={config.protect} (with the floors) leaves nothing that may be cut"
+            )
         raise UserError(_unreachable(structure, floors, config, sparsity, left, allowed))
     parameters, macs = structure.parameters(), structure.macs()
     parameters_after, macs_after = structure.parameters(after), structure.macs(after)
@@ -170,7 +185,7 @@ def make_plan(
             for name in widths
             if after[name] < widths[name]
         },
-        homes={g.name: "coupling" if g.coupling else g.components[0] for g in structure.groups},
+        homes={group.name: group.home for group in structure.groups},
         parameters={name: (n, parameters_after[name]) for name, n in parameters.items()},
         macs={name: (n, macs_after[name]) for name, n in macs.items()},
     )
@@ -180,7 +195,7 @@ def width_floors(structure: Structure, config: PruneConfig) -> dict[str, int]:
     """The fewest units that each group keeps, its present width where it is protected.
 
     Raises:
-        UserError: a name is unknown, or nothing is left to cut.
+        UserError: a name is unknown.
     """
     for setting, names in (
         ("protect", config.protect),
@@ -211,10 +226,6 @@ def width_floors(structure: Structure, config: PruneConfig) -> dict[str, int]:
             for name in config.protect
         )
         floors[group.name] = group.width if protected else min(least, group.width)
-    if all(floors[name] == width for name, width in structure.widths.items()) and config.protect:
-        raise UserError(
-            f"prune.protect={config.protect} (with the floors) leaves nothing that may be cut"
-        )
     return floors
 
 

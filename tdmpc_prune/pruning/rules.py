@@ -119,6 +119,8 @@ def _loss(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
 def _view(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
     """Runs of dimensions with equal products are merged or split on their own."""
     source: Tensor = given["self"]
+    if "size" not in given:
+        _refuse(w, "a view as another type")
     old, new = list(source.shape), list(result.shape)
     labels = w.labels(source)
     asked = given["size"]

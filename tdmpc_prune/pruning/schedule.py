@@ -37,13 +37,17 @@ class Schedule:
         """The fraction of parameters that is to be gone after cut `step`."""
         return self.sparsity * shape_at(self.shape, step / self.steps)
 
-    def end_of(self, step: int, last: float) -> float:
+    def end_of(self, step: int, cut_at: float, last: float) -> float:
         """Env steps at which the recovery from cut `step` ends: when the next is due.
 
-        Without time between the cuts, it is the end of the run, `last`.
+        A cut that came late still gets the time between two cuts; if that is none, it has until
+        the end of the run, `last`.
         """
         spacing = (self.end - self.start) / self.steps
-        return min(self.time_of(step) + spacing, last) if spacing else last
+        if not spacing:
+            return last
+        due = self.time_of(step) + spacing
+        return min(due if due > cut_at else cut_at + spacing, last)
 
 
 def shape_at(shape: str, progress: float) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tdmpc_prune.pruning.groups import Structure, find_groups
+from tdmpc_prune.pruning.groups import Structure, find_groups, size_of
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.tracing import Computation
 
@@ -62,6 +62,7 @@ def commit(
         SurgeryError: what is left is not what was planned. Nothing is changed then.
     """
     plan.check(structure)
+    optimisers = list(optimisers)
     cut = _Cut()
     try:
         dropped = _dropped_indices(plan, structure)
@@ -80,9 +81,9 @@ def commit(
             if id(tensor) in changed:
                 _set_sizes(cut, module)
         after = plan.widths_after
-        for network, path, group in structure.bare_norms:
+        for network, path, width in structure.bare_norms:
             norm = computation.networks[network].get_submodule(path)
-            shape = (*norm.normalized_shape[:-1], after[group])
+            shape = (*norm.normalized_shape[:-1], size_of(width, after))
             cut.put(norm.__dict__, "normalized_shape", shape)
         left = find_groups(computation)
         # One channel that is left alone is a width of 1, and no group any more.
@@ -162,7 +163,7 @@ def _owners(networks: dict[str, nn.Module]) -> dict[tuple[str, str], tuple[nn.Mo
 def _set_sizes(cut: _Cut, module: nn.Module) -> None:
     """Make a module's attributes say what its weight's shape says."""
     weight = getattr(module, "weight", None)
-    if isinstance(module, nn.LayerNorm) and weight is not None:
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and weight is not None:
         cut.put(module.__dict__, "normalized_shape", tuple(weight.shape))
         return
     if weight is None and isinstance(module, nn.modules.batchnorm._NormBase):
