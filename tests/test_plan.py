@@ -215,5 +215,5 @@ def test_importance_that_is_no_number_is_refused():
 
 
 def test_budgets_are_for_global_allocation():
-    with pytest.raises(UserError, match="needs prune.allocation"):
+    with pytest.raises(UserError, match=r"needs prune\.allocation"):
         PruneConfig(allocation="uniform", budgets={"dynamics": 0.5})

@@ -403,7 +403,7 @@ def test_a_plan_is_explained_saved_and_carried_out_on_the_checkpoint(dense, tmp_
     assert widths.latent == plan.widths_after["encoder.2+dynamics.4"]
     assert widths.policy == (plan.widths_after["policy.0"], plan.widths_after["policy.2"])
     assert len(read_history(tmp_path / "run", "cut")) == 1
-    with pytest.raises(UserError, match="the plan does not fit: group 'encoder"):
+    with pytest.raises(UserError, match="the plan does not fit: group '"):
         prune_checkpoint.start(
             replace(
                 config,
