@@ -1,6 +1,17 @@
 """Control tasks as Gymnasium environments. Knows simulators, and nothing of agents."""
 
-from envs.make import make_env
-from envs.tasks import TaskError, suite_tasks
+from envs.make import make_env, simulator_step_seconds
+from envs.rendering import DisplayError, Film
+from envs.tasks import TaskError, default_action_repeat, suite_tasks
+from envs.viewer import Viewer
 
-__all__ = ["TaskError", "make_env", "suite_tasks"]
+__all__ = [
+    "DisplayError",
+    "Film",
+    "TaskError",
+    "Viewer",
+    "default_action_repeat",
+    "make_env",
+    "simulator_step_seconds",
+    "suite_tasks",
+]

@@ -67,6 +67,12 @@ def make_env(
     return env
 
 
+def simulator_step_seconds(env: gymnasium.Env) -> float | None:
+    """Simulated time of one simulator step, in seconds; None if the environment does not say."""
+    inner = env.unwrapped
+    return getattr(inner, "control_timestep", None) or getattr(inner, "dt", None)
+
+
 def _make_gym(task: str, render_mode: str | None) -> gymnasium.Env:
     choose_gl_backend()
     gym_id = task.removeprefix(GYM_PREFIX)

@@ -68,10 +68,10 @@ class SuiteEnv(gymnasium.Env):
         return self._flat(time_step.observation), float(time_step.reward), terminated, truncated, {}
 
     def render(self) -> np.ndarray | None:
-        """An RGB picture, uint8 `[240, 320, 3]`, with `render_mode="rgb_array"`."""
+        """An RGB picture, uint8 `[480, 640, 3]`, with `render_mode="rgb_array"`."""
         if self.render_mode != "rgb_array":
             return None
-        return self._suite_env.physics.render(height=240, width=320, camera_id=0)
+        return self._suite_env.physics.render(height=480, width=640, camera_id=0)
 
     def close(self) -> None:
         self._suite_env.close()

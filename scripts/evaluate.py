@@ -1,28 +1,49 @@
-"""Evaluate a saved agent. `python scripts/evaluate.py --help` lists every setting."""
+"""Evaluate or watch a saved agent. `python scripts/evaluate.py --help` lists every setting."""
 
-from tdmpc_prune.checkpoint import load_agent
+import shlex
+import sys
+from pathlib import Path
+
+from tdmpc_prune import agent_report, playing
+from tdmpc_prune.checkpoint import load_agent, load_parent
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import EvaluateConfig
-from tdmpc_prune.evaluation import evaluate
+from tdmpc_prune.errors import UserError
 from tdmpc_prune.runtime import choose_device, set_threads
 
 
 def main(config: EvaluateConfig, given: list[str]) -> None:
-    """Play whole episodes with a saved agent and print their returns."""
+    """Play whole episodes with a saved agent, and say how it does beside its dense parent."""
     set_threads(config.threads)
-    agent = load_agent(config.checkpoint, choose_device(config.device))
-    evaluation = evaluate(
-        agent.model, agent.config, agent.task, agent.action_repeat, config.episodes, config.seed
-    )
-    parameters = sum(p.numel() for p in agent.model.parameters())
-    print(
-        f"{agent.task}: return {evaluation.mean:.1f} ± {evaluation.std:.1f} over "
-        f"{config.episodes} episodes\n"
-        f"per episode: {', '.join(f'{value:.1f}' for value in evaluation.returns)}\n"
-        f"{parameters} parameters, trained for {agent.provenance['env_steps']} env steps; "
-        f"{evaluation.decisions} decisions in {evaluation.seconds:.1f} s, "
-        f"{config.episodes} at a time"
-    )
+    device = choose_device(config.device)
+    agent = load_agent(config.checkpoint, device, config.task)
+    if config.viewer:
+        for sentence in playing.view(agent, config.seed):
+            print(sentence, flush=True)
+        return
+    parent = load_parent(agent, config.parent, device)
+    if config.play_parent and parent is None:
+        raise UserError(
+            f"play_parent=true, but '{config.checkpoint}' names no dense agent that is there; "
+            f"give parent=<its checkpoint>"
+        )
+    if config.save:
+        agent_report.check_free(Path(config.save))
+    if config.video:
+        evaluation = playing.record(agent, config.episodes, config.seed, Path(config.video))
+    else:
+        evaluation = playing.measure(agent, config.episodes, config.seed)
+    played = None
+    if config.play_parent:
+        played = playing.measure(parent, config.episodes, config.seed)
+    found = agent_report.columns(agent, evaluation, parent, played)
+    print(agent_report.text(found, evaluation, config.seed))
+    if config.video:
+        print(f"filmed in {config.video}")
+    if config.save:
+        command = shlex.join(["python", *sys.argv])
+        agent_report.ship(Path(config.save), found, config.seed, config.threads, command)
+        print(f"saved in {config.save}, with {agent_report.CARD}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ A run's folder::
         training.json             counters, random states (absent from a shipped agent)
         training.safetensors      target network, Adam moments, episode in progress
         replay.safetensors        the replay buffer
+    agents/dense/                 a pruned agent's dense parent: agent.json, agent.safetensors
+    agents/step-<n>/              the agent that each kept cut left, recovered
 
 A checkpoint is written under a hidden name, flushed to the disk, and then renamed, so that whatever
 has its final name is whole; the one before it is deleted only after that.
@@ -23,8 +25,9 @@ import datetime
 import hashlib
 import json
 import os
+import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +57,9 @@ class SavedAgent:
     config: AgentConfig
     task: str
     action_repeat: int
-    provenance: dict[str, Any]  # seed, env steps, versions, evaluation … of the run it comes from
+    provenance: dict[str, Any]  # seed, env steps, commands, evaluation … of the run it comes from
+    parent: Path | None = None  # folder of the dense agent that it was cut from
+    folder: Path | None = None  # from which it was loaded
 
 
 def checkpoint_dir(path: str | Path) -> Path:
@@ -94,18 +99,43 @@ def save_checkpoint(
     target = folder / f"{number:06d}-{agent.provenance['env_steps']}"
 
     def write(part: Path) -> None:
-        write_agent(part, agent)
+        _write_agent(part, agent)
         sums = {f"{name}.safetensors": _save(part, name, tensors[name]) for name in tensors}
         _write_json(part / "training.json", training | {"sha256": sums})
 
+    for left_behind in folder.glob(".*.part"):
+        shutil.rmtree(left_behind, ignore_errors=True)
     _write_folder(target, write)
     for old in earlier:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
-def write_agent(folder: Path, agent: SavedAgent) -> None:
-    """Write the two files of an agent into `folder`."""
+def save_agent(target: Path, agent: SavedAgent, texts: Mapping[str, str] | None = None) -> None:
+    """Save what is needed to act, without what is needed to go on training.
+
+    Args:
+        target: its folder, which must not exist yet.
+        agent: the agent.
+        texts: name → content of text files that go with it.
+
+    Raises:
+        UserError: the folder exists.
+        RunError: it could not be written; nothing is left behind.
+    """
+    if target.exists():
+        raise UserError(f"'{target}' exists already; choose another folder")
+
+    def write(part: Path) -> None:
+        _write_agent(part, agent)
+        for name, text in (texts or {}).items():
+            (part / name).write_text(text)
+
+    _write_folder(target, write)
+
+
+def _write_agent(folder: Path, agent: SavedAgent) -> None:
+    """Write the two files of an agent into `folder`, which may be renamed but not moved."""
     weights = {name: tensor.detach() for name, tensor in agent.model.state_dict().items()}
     checksum = _save(folder, "agent", weights)
     description = {
@@ -115,6 +145,7 @@ def write_agent(folder: Path, agent: SavedAgent) -> None:
         "action_repeat": agent.action_repeat,
         "widths": dataclasses.asdict(agent.model.widths),
         "config": to_plain(agent.config),
+        "parent": os.path.relpath(agent.parent, folder) if agent.parent else None,
         "provenance": agent.provenance
         | {
             "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -125,11 +156,14 @@ def write_agent(folder: Path, agent: SavedAgent) -> None:
     _write_json(folder / "agent.json", description)
 
 
-def load_agent(path: str | Path, device: torch.device | str = "cpu") -> SavedAgent:
+def load_agent(
+    path: str | Path, device: torch.device | str = "cpu", task: str | None = None
+) -> SavedAgent:
     """The agent of a checkpoint, or of the newest checkpoint of a run.
 
     Raises:
-        UserError: there is none, or it is damaged, or no agent of this package's; and which.
+        UserError: there is none, or it is damaged, or no agent of this package's, or it is not
+            for `task`; and which.
     """
     folder = checkpoint_dir(path)
     description = _read_json(folder / "agent.json")
@@ -140,6 +174,8 @@ def load_agent(path: str | Path, device: torch.device | str = "cpu") -> SavedAge
             f"checkpoint '{folder}' has format version {description.get('format_version')}; "
             f"this release reads version {FORMAT_VERSION}"
         )
+    if task is not None and description.get("task") != task:
+        raise UserError(f"checkpoint '{folder}' is for task={description.get('task')}, not {task}")
     weights = load_tensors(folder, "agent", description.get("sha256", {}))
     try:
         model = WorldModel(_widths(description["widths"]))
@@ -150,10 +186,42 @@ def load_agent(path: str | Path, device: torch.device | str = "cpu") -> SavedAge
             task=description["task"],
             action_repeat=description["action_repeat"],
             provenance=description["provenance"],
+            parent=_found(folder, description.get("parent")),
+            folder=folder,
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"checkpoint '{folder}' is damaged: {reason}") from error
+
+
+def _found(folder: Path, relative: str | None) -> Path | None:
+    """The folder of an agent, named relative to another's; None if it is not there any more."""
+    path = Path(os.path.normpath(folder / relative)) if relative else None
+    return path if path and (path / "agent.json").is_file() else None
+
+
+def load_parent(
+    agent: SavedAgent, path: str | None = None, device: torch.device | str = "cpu"
+) -> SavedAgent | None:
+    """The dense agent to compare an agent with: at `path`, or the one that it names.
+
+    Raises:
+        UserError: see `load_agent`; `path` holds an agent for another task.
+    """
+    folder = checkpoint_dir(path) if path else agent.parent
+    return load_agent(folder, device, agent.task) if folder else None
+
+
+def dense_parent(path: str | Path) -> SavedAgent | None:
+    """The agent that nothing had been cut from: a checkpoint's parent, or a dense one itself.
+
+    None if the checkpoint is pruned and its parent is not there.
+    """
+    agent = load_agent(path)
+    if agent.parent:
+        return load_agent(agent.parent)
+    pruned = agent.provenance.get("pruning", {}).get("sparsity", 0) > 0
+    return None if pruned else agent
 
 
 def load_training(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
@@ -218,6 +286,11 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     return _read_json(run_dir / "run.json")["settings"]
 
 
+def read_command(run_dir: Path) -> str:
+    """The command line that started a run."""
+    return shlex.join(["python", *_read_json(run_dir / "run.json")["command"]])
+
+
 def _widths(values: dict[str, Any]) -> Widths:
     """Widths from JSON, where tuples are lists."""
 
@@ -256,8 +329,7 @@ def _write_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Make folder `target` with what `write` puts into it: whole, or not at all."""
     part = target.parent / f".{target.name}.part"
     try:
-        for left_behind in target.parent.glob(".*.part"):
-            shutil.rmtree(left_behind)
+        shutil.rmtree(part, ignore_errors=True)  # left behind by a crash
         part.mkdir(parents=True)
         write(part)
         for path in (*part.iterdir(), part):

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from envs import TaskError
+from envs import DisplayError, TaskError
 from tdmpc_prune import config as configuration
 from tdmpc_prune.errors import RunError, UserError
 
@@ -46,7 +46,7 @@ def run_command(name: str, function: Callable[[Any, list[str]], None]) -> None:
                 raise UserError(f"{missing[0]}=… is needed; --help says what it is")
             given = [item.split("=")[0] for item in HydraConfig.get().overrides.task]
             function(OmegaConf.to_object(settings), given)
-        except (UserError, TaskError, RunError, OmegaConfBaseException) as error:
+        except (UserError, TaskError, DisplayError, RunError, OmegaConfBaseException) as error:
             # Exits here, inside the job, because Hydra prints its own line on what passes it.
             _exit(error, schema)
 
@@ -63,7 +63,7 @@ def _exit(error: Exception, schema: type) -> None:
 
 def explain(error: Exception, schema: type) -> str:
     """One line for a person, from an error of ours, of Hydra's or of OmegaConf's."""
-    if isinstance(error, (UserError, TaskError, RunError)):
+    if isinstance(error, (UserError, TaskError, DisplayError, RunError)):
         return str(error)
     text = str(error)
     cause = str(error.__cause__ or "")

@@ -99,14 +99,30 @@ class EvaluateConfig:
     """An evaluation of a saved agent."""
 
     checkpoint: str = setting(MISSING, "a run folder (its newest checkpoint) or a checkpoint")
+    task: str | None = setting(None, "the task it must be for; null takes whatever it is for")
     episodes: int = setting(10, "episodes to play")
     seed: int = setting(0, "of the episodes' initial states and of the planner")
+    viewer: bool = setting(False, "play in MuJoCo's viewer, in real time, until it is closed")
+    video: str | None = setting(None, "MP4 file to film the episodes in, one after another")
+    parent: str | None = setting(
+        None, "dense agent to compare with; null takes the one that the checkpoint names"
+    )
+    play_parent: bool = setting(
+        False, "play the dense agent's episodes, too, instead of quoting its return on file"
+    )
+    save: str | None = setting(
+        None, "folder to save the agent in, with a card of this evaluation, ready to be shipped"
+    )
     device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
     threads: int = setting(1, "CPU threads")
 
     def __post_init__(self):
         require(self.episodes >= 1, f"episodes={self.episodes} must be at least 1")
         require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31)")
+        require(
+            not (self.viewer and (self.video or self.save)),
+            "viewer=true plays until the window is closed; give video= or save= without it",
+        )
         check_machine(self.device, self.threads)
 
 

@@ -1,4 +1,4 @@
-"""How good an agent is: its return over whole episodes, planned all at once."""
+"""How good an agent is, and how big and how fast: returns over whole episodes, and figures."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from envs import make_env
 from tdmpc_prune.agent.config import AgentConfig
-from tdmpc_prune.agent.planner import draw_noise, first_means, plan
-from tdmpc_prune.agent.world_model import WorldModel
+from tdmpc_prune.agent.planner import draw_noise, first_means, plan, planning_macs
+from tdmpc_prune.agent.world_model import Widths, WorldModel
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,74 @@ def evaluate(
     return Evaluation(returns.tolist(), decisions, time.perf_counter() - started)
 
 
-def decision_milliseconds(model: WorldModel, config: AgentConfig, repeats: int = 5) -> float:
-    """Wall time of one decision in one environment: the median of `repeats`, in milliseconds."""
-    widths, device = model.widths, next(model.parameters()).device
-    noise = draw_noise(config.planner, 1, widths.action, torch.Generator(device).manual_seed(0))
-    observation = torch.zeros(1, widths.observation, device=device)
-    means = first_means(config.planner, 1, widths.action, device)
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        decision = plan(model, observation, means, noise, config.planner, config.learning.discount)
-        decision.actions.cpu()  # waits for a GPU
-        times.append(1000 * (time.perf_counter() - began))
+def agent_size(model: WorldModel, config: AgentConfig) -> dict[str, float]:
+    """Sparsity (fraction of the dense parameters that is gone), parameters, and planning MACs."""
+    widths = model.widths
+    with torch.device("meta"):
+        dense = WorldModel(Widths.dense(config.network, widths.observation, widths.action))
+    parameters, dense_parameters = (
+        sum(parameter.numel() for parameter in each.parameters()) for each in (model, dense)
+    )
+    return {
+        "sparsity": 1 - parameters / dense_parameters,
+        "parameters": parameters,
+        "planning_macs": planning_macs(model, config.planner),
+    }
+
+
+class Controller:
+    """An agent in control of one environment: observation in, action out."""
+
+    def __init__(self, model: WorldModel, config: AgentConfig, seed: int = 0):
+        """Take control.
+
+        Args:
+            model: the agent's networks; they stay on their device.
+            config: its planner and discount are used.
+            seed: of the planner's noise.
+        """
+        self._model, self._config = model, config
+        self._device = next(model.parameters()).device
+        self._action_width = model.widths.action
+        self._generator = torch.Generator(self._device).manual_seed(seed)
+        self.reset()
+
+    def reset(self) -> None:
+        """A new episode begins."""
+        planner = self._config.planner
+        self._means = first_means(planner, 1, self._action_width, self._device)
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        """Observation float32 `[O]` → action float32 `[A]` in [-1, 1]."""
+        planner, discount = self._config.planner, self._config.learning.discount
+        noise = draw_noise(planner, 1, self._action_width, self._generator)
+        inputs = torch.from_numpy(observation).to(self._device).unsqueeze(0)
+        decision = plan(self._model, inputs, self._means, noise, planner, discount)
+        self._means = decision.means
+        return decision.actions[0].cpu().numpy()
+
+
+def decision_milliseconds(
+    *agents: tuple[WorldModel, AgentConfig], repeats: int = 5
+) -> list[list[float]]:
+    """Wall times of single decisions of each agent, in milliseconds, `repeats` for each.
+
+    The agents decide in turn, so that whatever else the machine does meets all alike; the first
+    decision of each is not counted.
+    """
+    controllers = [Controller(*agent) for agent in agents]
+    observations = [np.zeros(model.widths.observation, np.float32) for model, _ in agents]
+    times: list[list[float]] = [[] for _ in agents]
+    for repeat in range(1 + repeats):
+        for controller, observation, own in zip(controllers, observations, times, strict=True):
+            began = time.perf_counter()
+            controller.act(observation)
+            if repeat:
+                own.append(1000 * (time.perf_counter() - began))
+    return times
+
+
+def median_decision_milliseconds(model: WorldModel, config: AgentConfig) -> float:
+    """Wall time of one decision in one environment, in milliseconds."""
+    (times,) = decision_milliseconds((model, config))
     return float(np.median(times))

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tdmpc_prune import pruning_report
+from tdmpc_prune.checkpoint import save_agent
 from tdmpc_prune.errors import RunError
-from tdmpc_prune.evaluation import decision_milliseconds
+from tdmpc_prune.evaluation import median_decision_milliseconds
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.surgery import SurgeryError
 from tdmpc_prune.run_log import RunLog
@@ -45,13 +46,20 @@ def plan_one_cut(trainer: Trainer) -> Plan:
     return trainer.compression.plan_at(1.0, trainer.config.prune.sparsity)
 
 
+def parent_dir(run_dir: Path) -> Path:
+    """Where a run keeps the dense agent that its own comes from."""
+    return run_dir / "agents" / "dense"
+
+
 def measure(trainer: Trainer) -> None:
     """The control return before a cut, right after it, and while it recovers."""
     evaluation = trainer.evaluation()
     if evaluation is None:
         return
+    if not trainer.compression.stage.changes:
+        _keep(trainer, parent_dir(trainer.run_dir))
     compression, env_steps = trainer.compression, trainer.progress.env_steps
-    speed = decision_milliseconds(trainer.model, trainer.config.model)
+    speed = median_decision_milliseconds(trainer.model, trainer.config.model)
     measured = {"mean": evaluation.mean, "std": evaluation.std, "decision_ms": speed}
     moment, record = compression.measured(env_steps, measured)
     size = compression.size()
@@ -64,22 +72,22 @@ def measure(trainer: Trainer) -> None:
         returns=evaluation.returns,
         **size,
     )
-    trainer.log.scalars(
-        env_steps,
-        {
-            "pruning/return": evaluation.mean,
-            "pruning/sparsity": size["sparsity"],
-            "pruning/planning MACs": size["planning_macs"],
-            "pruning/milliseconds per decision": speed,
-        },
-    )
+    trainer.log.scalars(env_steps, {"pruning/return": evaluation.mean})
+    trainer.log.agent(env_steps, size, speed)
     trainer.log.progress(evaluation=f"{evaluation.mean:.0f}")
     if moment in ("recovered", "not recovered"):
         trainer.log.record("pruning step", env_steps, **record)
         trainer.log.say(pruning_report.sentence(record, compression.schedule.steps))
     trainer.progress.history = trainer.log.history
     if moment == "recovered":
+        _keep(trainer, trainer.run_dir / "agents" / f"step-{record['step']}")
         trainer.save()
+
+
+def _keep(trainer: Trainer, folder: Path) -> None:
+    """Save the agent as it is, unless the run did so before it was cut off."""
+    if not folder.exists():
+        save_agent(folder, trainer.agent())
 
 
 def cut(trainer: Trainer) -> None:
@@ -111,13 +119,7 @@ def undo(trainer: Trainer) -> None:
     size = compression.size()
     trainer.log.record("undone", env_steps, step=compression.stage.record["step"], **size)
     trainer.progress.history = trainer.log.history
-    trainer.log.scalars(
-        env_steps,
-        {
-            "pruning/sparsity": size["sparsity"],
-            "pruning/planning MACs": size["planning_macs"],
-        },
-    )
+    trainer.log.agent(env_steps, size, None)
     trainer.save()
 
 

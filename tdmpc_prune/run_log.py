@@ -18,6 +18,21 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 _SECONDS_BETWEEN_REFRESHES = 0.5
+_OUTCOMES = (
+    "evaluation/return",
+    "agent/sparsity",
+    "agent/parameters",
+    "agent/milliseconds per decision",
+)
+# TensorBoard's "custom scalars" page: one chart each for all runs, against env steps.
+_LAYOUT = {
+    "Dense and pruned": {
+        "return": ["Multiline", ["evaluation/return"]],
+        "sparsity": ["Multiline", ["agent/sparsity"]],
+        "milliseconds per decision": ["Multiline", ["agent/milliseconds per decision"]],
+        "return around the cuts": ["Multiline", ["pruning/return"]],
+    }
+}
 
 
 @dataclass
@@ -67,9 +82,10 @@ class RunLog:
         self._refreshed = 0.0
 
     def hyperparameters(self, settings: dict[str, Any]) -> None:
-        """Fill TensorBoard's hyperparameter tab, with the evaluation return as the outcome."""
-        for summary in hparams(_flat(settings), {"evaluation/return": 0.0}):
+        """Fill TensorBoard's hyperparameter tab, and lay out its page that compares runs."""
+        for summary in hparams(_flat(settings), dict.fromkeys(_OUTCOMES, 0.0)):
             self._writer.file_writer.add_summary(summary)
+        self._writer.add_custom_scalars(_LAYOUT)
 
     def record(self, kind: str, env_steps: int, **values: Any) -> None:
         """Add a line to the history."""
@@ -82,6 +98,15 @@ class RunLog:
         """Add scalars to TensorBoard."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, env_steps)
+
+    def agent(self, env_steps: int, size: dict[str, float], milliseconds: float | None) -> None:
+        """Add what the agent is now to TensorBoard: its size, and its time per decision."""
+        names = {"sparsity": "sparsity", "parameters": "parameters"}
+        names["planning_macs"] = "planning MACs"
+        scalars = {f"agent/{shown}": size[name] for name, shown in names.items()}
+        if milliseconds is not None:
+            scalars["agent/milliseconds per decision"] = milliseconds
+        self.scalars(env_steps, scalars)
 
     def progress(self, env_steps: int | None = None, **shown: str) -> None:
         """Move the progress bar to `env_steps`, and show `shown` beside what it shows already."""

@@ -6,9 +6,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tdmpc_prune.checkpoint import checkpoint_dir, create_run, read_run
+from tdmpc_prune.checkpoint import (
+    checkpoint_dir,
+    create_run,
+    dense_parent,
+    read_command,
+    read_run,
+    save_agent,
+)
 from tdmpc_prune.config import TrainConfig, from_plain, to_plain
 from tdmpc_prune.errors import UserError
+from tdmpc_prune.pruning_steps import parent_dir
 from tdmpc_prune.signals import Stopped
 from tdmpc_prune.training import Trainer
 
@@ -34,7 +42,7 @@ def start(config: TrainConfig, command: list[str]) -> Trainer:
     if trainer.compression:
         trainer.compression.check()
     create_run(run_dir, to_plain(config), command)
-    return trainer
+    return _begun(trainer)
 
 
 def resume(config: TrainConfig, given: list[str]) -> Trainer:
@@ -57,11 +65,22 @@ def resume(config: TrainConfig, given: list[str]) -> Trainer:
             )
     changed = {name: getattr(config, name) for name in given if name != "resume"}
     if not any((run_dir / "checkpoints").glob("[0-9]*-[0-9]*")):
-        return Trainer(replace(saved, **changed), run_dir)  # killed before its first checkpoint
+        # It was killed before its first checkpoint.
+        return _begun(Trainer(replace(saved, **changed), run_dir))
     # Its own checkpoint holds what it was started with.
     own = {"start_from": None, "prune": replace(saved.prune, plan=None)}
     trainer = Trainer(replace(saved, **changed, **own), run_dir)
     trainer.load(checkpoint_dir(run_dir))
+    return trainer
+
+
+def _begun(trainer: Trainer) -> Trainer:
+    """Note where the run's agent comes from: the command, and its dense parent's networks."""
+    trainer.commands.append(read_command(trainer.run_dir))
+    start_from, kept = trainer.config.start_from, parent_dir(trainer.run_dir)
+    parent = dense_parent(start_from) if start_from else None
+    if parent and not kept.exists():
+        save_agent(kept, parent)
     return trainer
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
+from pathlib import Path
 
 import torch
 
@@ -31,6 +33,15 @@ def set_threads(threads: int) -> None:
     another process has one of the cores.
     """
     torch.set_num_threads(threads)
+
+
+def machine() -> str:
+    """The processor's name, for figures that depend on it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:

@@ -34,7 +34,12 @@ from tdmpc_prune.checkpoint import (
 from tdmpc_prune.compression import Compression
 from tdmpc_prune.config import TrainConfig, to_plain
 from tdmpc_prune.errors import RunError, UserError
-from tdmpc_prune.evaluation import Evaluation, evaluate
+from tdmpc_prune.evaluation import (
+    Evaluation,
+    agent_size,
+    evaluate,
+    median_decision_milliseconds,
+)
 from tdmpc_prune.run_log import Averages, RunLog
 from tdmpc_prune.runtime import choose_device, set_threads
 from tdmpc_prune.signals import Stopped, StopRequest
@@ -101,6 +106,7 @@ class Trainer:
         self.progress = Progress(next_evaluation=min(config.eval_every, config.env_steps))
         self.episode: EpisodeInProgress | None = None
         self.means = self._first_means()
+        self.commands: list[str] = []  # that led to this agent, its parents' first
         self.last_evaluation: Evaluation | None = None
         self._evaluated: list[int] | None = None  # updates and cuts of the agent that it is of
         if config.start_from:
@@ -302,6 +308,8 @@ class Trainer:
         if progress.env_steps < config.env_steps:
             later = min(later, config.env_steps)
         progress.next_evaluation = later
+        size = agent_size(self.model, config.model)
+        speed = median_decision_milliseconds(self.model, config.model)
         self.log.record(
             "evaluation",
             progress.env_steps,
@@ -311,12 +319,15 @@ class Trainer:
             std_return=evaluation.std,
             returns=evaluation.returns,
             seconds=round(evaluation.seconds, 3),
+            decision_ms=speed,
+            **size,
         )
         progress.history = self.log.history
         self.log.scalars(
             progress.env_steps,
             {"evaluation/return": evaluation.mean, "evaluation/std of return": evaluation.std},
         )
+        self.log.agent(progress.env_steps, size, speed)
         self.log.progress(evaluation=f"{evaluation.mean:.0f}")
         self.save()
 
@@ -346,11 +357,11 @@ class Trainer:
 
     # --- Saving and going on ---------------------------------------------------------------
 
-    def save(self) -> Path:
-        """Save everything that the rest of the run depends on."""
-        progress, episode = self.progress, self.episode
-        evaluation = self.last_evaluation
-        agent = SavedAgent(
+    def agent(self) -> SavedAgent:
+        """The agent as it is now."""
+        progress, evaluation = self.progress, self.last_evaluation
+        parent = pruning_steps.parent_dir(self.run_dir)
+        return SavedAgent(
             model=self.model,
             config=self.config.model,
             task=self.config.task,
@@ -361,9 +372,16 @@ class Trainer:
                 "decisions": progress.decisions,
                 "updates": self.learner.updates,
                 "returns": evaluation.returns if evaluation else None,
+                "commands": self.commands,
             }
             | ({"pruning": self.compression.provenance()} if self.compression else {}),
+            parent=parent if parent.exists() else None,
         )
+
+    def save(self) -> Path:
+        """Save everything that the rest of the run depends on."""
+        progress, episode = self.progress, self.episode
+        evaluation = self.last_evaluation
         training = {
             "progress": vars(progress),
             "updates": self.learner.updates,
@@ -386,7 +404,7 @@ class Trainer:
         files = {"training": tensors, "replay": self.replay.state()}
         if self.compression:
             training["pruning"], files["pruning"] = self.compression.state()
-        return save_checkpoint(self.run_dir, agent, training, files)
+        return save_checkpoint(self.run_dir, self.agent(), training, files)
 
     def load(self, folder: Path) -> None:
         """Take up the state that `save` wrote.
@@ -402,6 +420,7 @@ class Trainer:
                 f"resume with device={training['device']}"
             )
         tensors = files["training"]
+        self.commands = agent.provenance.get("commands", [])
         self.take_learner(agent.model, tensors, training["updates"])
         if self.compression:
             self.compression.attach(self.learner)
@@ -441,6 +460,7 @@ class Trainer:
             if theirs != ours:
                 raise UserError(f"start_from={folder}: its {name} is {theirs}, the run's is {ours}")
         progress = self.progress
+        self.commands = list(agent.provenance.get("commands", []))
         if (folder / "training.json").is_file():
             training, files = load_training(folder)
             self.take_learner(agent.model, files["training"], training["updates"])

@@ -105,7 +105,7 @@ def test_pictures():
     env = make_env("cartpole-swingup", render_mode="rgb_array")
     env.reset(seed=0)
     picture = env.render()
-    assert picture.shape == (240, 320, 3) and picture.dtype == np.uint8 and picture.std() > 5
+    assert picture.shape == (480, 640, 3) and picture.dtype == np.uint8 and picture.std() > 5
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tdmpc_prune.agent.config import PRESETS
 from tdmpc_prune.agent.learner import Learner
 from tdmpc_prune.agent.planner import planning_macs
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.checkpoint import SavedAgent, load_agent, write_agent
+from tdmpc_prune.checkpoint import SavedAgent, load_agent, save_agent
 from tdmpc_prune.components import tag
 from tdmpc_prune.compression import agent_computation
 from tdmpc_prune.errors import UserError
@@ -250,9 +250,10 @@ def test_optimiser_holds_the_new_parameters_and_their_moments():
 def test_saving_needs_no_unsafe_pickling(tmp_path):
     learner, ties = small_learner()
     cut(ties, {name: [1] for name in find_groups(ties).widths})
-    write_agent(tmp_path, SavedAgent(learner.model, AGENT, "cartpole-swingup", 8, {}))
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
-    loaded = load_agent(tmp_path).model
+    save_agent(tmp_path / "agent", SavedAgent(learner.model, AGENT, "cartpole-swingup", 8, {}))
+    files = (tmp_path / "agent").iterdir()
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    loaded = load_agent(tmp_path / "agent").model
     assert loaded.widths == learner.model.widths
     for one_, other in zip(loaded.parameters(), learner.model.parameters(), strict=True):
         assert torch.equal(one_, other)

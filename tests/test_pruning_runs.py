@@ -17,7 +17,7 @@ from tdmpc_prune.checkpoint import (
     checkpoint_dir,
     load_agent,
     load_training,
-    write_agent,
+    save_agent,
 )
 from tdmpc_prune.config import PruneCheckpointConfig
 from tdmpc_prune.errors import RunError, UserError
@@ -91,7 +91,15 @@ def test_a_run_is_pruned_in_steps_and_says_what_each_did(whole_run):
     moments = [t["moment"] for t in read_history(run_dir, "tracking") if t["step"] == 2]
     assert moments[:2] == ["before", "after"] and moments[-1] == "recovered"
 
+    dense = load_agent(run_dir / "agents" / "dense")
+    assert dense.provenance["pruning"]["sparsity"] == 0 and dense.parent is None
+    for cut in cuts:
+        kept = load_agent(run_dir / "agents" / f"step-{cut['step']}")
+        assert sum(p.numel() for p in kept.model.parameters()) == cut["parameters"]
+        assert kept.parent.resolve() == (run_dir / "agents" / "dense").resolve()
+
     agent = load_agent(run_dir)
+    assert agent.parent.resolve() == (run_dir / "agents" / "dense").resolve()
     left = sum(p.numel() for p in agent.model.parameters())
     assert left == cuts[-1]["parameters"]
     said = agent.provenance["pruning"]
@@ -109,15 +117,16 @@ def test_tensorboard_and_pictures_show_it(whole_run):
     events.Reload()
     scalars = events.Tags()["scalars"]
     tracked = read_history(run_dir, "tracking")
-    for tag, key in (
-        ("pruning/return", "mean"),
-        ("pruning/sparsity", "sparsity"),
-        ("pruning/planning MACs", "planning_macs"),
-        ("pruning/milliseconds per decision", "decision_ms"),
+    both = read_history(run_dir, "tracking", "evaluation")
+    for tag, key, records in (
+        ("pruning/return", "mean", tracked),
+        ("agent/sparsity", "sparsity", both),
+        ("agent/planning MACs", "planning_macs", both),
+        ("agent/milliseconds per decision", "decision_ms", both),
     ):
         logged = [(event.step, event.value) for event in events.Scalars(tag)]
-        assert [step for step, _ in logged] == [t["env_steps"] for t in tracked]
-        assert [value for _, value in logged] == pytest.approx([t[key] for t in tracked])
+        assert [step for step, _ in logged] == [record["env_steps"] for record in records]
+        assert [value for _, value in logged] == pytest.approx([r[key] for r in records])
     names = read_history(run_dir, "importance")[0]["groups"]["bayesian"]
     groups = {f"importance by group/{metric}/{name}" for metric in METRICS for name in names}
     assert len(names) == 12 and groups <= set(scalars)
@@ -313,8 +322,7 @@ def test_one_cut_without_recovery_changes_no_weight_that_stays(dense, tmp_path):
 
 def test_an_agent_without_its_buffer_plays_episodes_first(dense, tmp_path):
     agent = load_agent(dense)
-    (tmp_path / "shipped").mkdir()
-    write_agent(tmp_path / "shipped", SavedAgent(**vars(agent)))
+    save_agent(tmp_path / "shipped", SavedAgent(**vars(agent)))
     config = finished(tmp_path / "shipped", tmp_path / "run")
     trainer = prune_checkpoint.start(config, [])
     trainer.run()
@@ -325,8 +333,7 @@ def test_an_agent_without_its_buffer_plays_episodes_first(dense, tmp_path):
 
 @pytest.mark.parametrize("explained", [False, True])
 def test_an_agent_without_its_buffer_can_be_cut_once_or_explained(dense, tmp_path, explained):
-    (tmp_path / "shipped").mkdir()
-    write_agent(tmp_path / "shipped", SavedAgent(**vars(load_agent(dense))))
+    save_agent(tmp_path / "shipped", SavedAgent(**vars(load_agent(dense))))
     path = str(tmp_path / "plan.json") if explained else None
     config = finished(tmp_path / "shipped", tmp_path / "run", env_steps=0, explain=path)
     config = replace(config, prune=replace(config.prune, steps=1, max_return_drop=0.0))

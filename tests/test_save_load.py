@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tdmpc_prune import runs
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.checkpoint import SavedAgent, checkpoint_dir, load_agent, write_agent
+from tdmpc_prune.checkpoint import SavedAgent, checkpoint_dir, load_agent, save_agent
 from tdmpc_prune.components import component_parameters
 from tdmpc_prune.errors import RunError, UserError
 from tests.small import AGENT, small_config
@@ -40,8 +40,8 @@ def test_any_widths_come_back(tmp_path_factory, widths):
     folder = tmp_path_factory.mktemp("agent")
     model = WorldModel(widths)
     assert model.widths == widths
-    write_agent(folder, SavedAgent(model, AGENT, "cartpole-swingup", 8, {"seed": 3}))
-    loaded = load_agent(folder)
+    save_agent(folder / "agent", SavedAgent(model, AGENT, "cartpole-swingup", 8, {"seed": 3}))
+    loaded = load_agent(folder / "agent")
     assert loaded.model.widths == widths
     assert loaded.config == AGENT
     assert (loaded.task, loaded.action_repeat, loaded.provenance["seed"]) == (

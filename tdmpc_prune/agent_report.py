@@ -1,0 +1,179 @@
+"""What is said of a saved agent: a table beside its dense parent, and the card shipped with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from envs import make_env, simulator_step_seconds
+from tdmpc_prune.checkpoint import SavedAgent, save_agent
+from tdmpc_prune.errors import UserError
+from tdmpc_prune.evaluation import Evaluation, agent_size, decision_milliseconds
+from tdmpc_prune.runtime import machine
+
+CARD = "card.md"
+_REPEATS = 20  # timed decisions of each agent
+
+
+@dataclass(frozen=True)
+class Column:
+    """One agent in the table."""
+
+    agent: SavedAgent
+    returns: list[float] | None  # None if nothing is known of it
+    source: str  # of the returns: "measured" or "recorded"
+    decision_ms: float
+
+
+def columns(
+    agent: SavedAgent,
+    evaluation: Evaluation,
+    parent: SavedAgent | None,
+    parent_evaluation: Evaluation | None,
+) -> list[Column]:
+    """The agent and, if there is one, its parent; both are timed here, side by side.
+
+    A parent that was not evaluated now is quoted with the returns that are on file for it.
+    """
+    agents = [agent, parent] if parent else [agent]
+    times = decision_milliseconds(*((a.model, a.config) for a in agents), repeats=_REPEATS)
+    found = [Column(agent, evaluation.returns, "measured", float(np.median(times[0])))]
+    if parent:
+        measured = parent_evaluation is not None
+        returns = parent_evaluation.returns if measured else recorded_returns(parent)
+        source = "measured" if measured else "recorded"
+        found.append(Column(parent, returns, source, float(np.median(times[1]))))
+    return found
+
+
+def recorded_returns(agent: SavedAgent) -> list[float] | None:
+    """The returns that are on file for an agent: of its card, or of its training."""
+    card = agent.provenance.get("evaluation")
+    return card["returns"] if card else agent.provenance.get("returns")
+
+
+def table(found: list[Column]) -> str:
+    """The columns beside each other, as Markdown."""
+    task = found[0].agent
+    env = make_env(task.task)
+    seconds = simulator_step_seconds(env)
+    env.close()
+    rows = {
+        "return (mean ± std)": [_return(column) for column in found],
+        "sparsity": [f"{_size(column)['sparsity']:.3f}" for column in found],
+        "parameters": [f"{_size(column)['parameters']:,}" for column in found],
+        "planner: samples × iterations × horizon": [_budget(column.agent) for column in found],
+        "planning MACs per decision": [f"{_size(column)['planning_macs']:,}" for column in found],
+        "ms per decision (median)": [f"{column.decision_ms:.2f}" for column in found],
+        "decisions per second": [f"{1000 / column.decision_ms:.1f}" for column in found],
+    }
+    if seconds:
+        needed = [1 / (seconds * column.agent.action_repeat) for column in found]
+        rows["the task's control rate, Hz"] = [f"{rate:g}" for rate in needed]
+    names = ["", "this agent", "dense parent"][: 1 + len(found)]
+    return tabulate(
+        [[name, *values] for name, values in rows.items()], names, "pipe", disable_numparse=True
+    )
+
+
+def text(found: list[Column], evaluation: Evaluation, seed: int) -> str:
+    """All that `evaluate.py` prints."""
+    agent = found[0].agent
+    lines = [
+        f"{agent.task}, {len(evaluation.returns)} episodes from seed {seed}, after "
+        f"{agent.provenance['env_steps']} env steps of training",
+        "",
+        table(found),
+        "",
+        f"per episode: {', '.join(f'{value:.1f}' for value in evaluation.returns)}",
+    ]
+    if len(found) > 1 and found[1].source == "recorded" and found[1].returns:
+        count = len(found[1].returns)
+        lines.append(
+            f"the parent's return is on file, of {count} episodes; play_parent=true plays it"
+        )
+    return "\n".join(lines)
+
+
+def check_free(folder: Path) -> None:
+    """Refuse, before anything is played, a folder that exists. Raises UserError."""
+    if folder.exists():
+        raise UserError(f"save={folder} exists already; choose another folder")
+
+
+def ship(folder: Path, found: list[Column], seed: int, threads: int, command: str) -> None:
+    """Save the agent without its training state, with a card of this evaluation.
+
+    Args:
+        folder: where to; it must not exist.
+        found: what was measured; the parent's folder is noted, so that it is found again.
+        seed: of the evaluation.
+        threads: with which the times were measured.
+        command: that shipped it.
+
+    Raises:
+        UserError, RunError: see `save_agent`.
+    """
+    column = found[0]
+    agent = column.agent
+    measured = {
+        "episodes": len(column.returns),
+        "seed": seed,
+        "returns": column.returns,
+        "decision_ms": column.decision_ms,
+        "machine": machine(),
+        "threads": threads,
+    }
+    commands = [*agent.provenance.get("commands", []), command]
+    provenance = agent.provenance | {"evaluation": measured, "commands": commands}
+    provenance.pop("returns", None)  # of its training; this evaluation stands for it
+    parent = found[1].agent.folder if len(found) > 1 else None
+    shipped = replace(agent, provenance=provenance, parent=parent)
+    card = _card(folder.name, [replace(column, agent=shipped), *found[1:]], measured)
+    save_agent(folder, shipped, {CARD: card})
+
+
+def _card(name: str, found: list[Column], measured: dict[str, Any]) -> str:
+    agent, returns = found[0].agent, found[0].returns
+    pruning = agent.provenance.get("pruning")
+    how = f"pruned by `{pruning['method']}`" if pruning and pruning["cuts"] else "dense"
+    lines = [
+        f"# {name}",
+        "",
+        f"An agent for `{agent.task}` ({how}): seed {agent.provenance['seed']}, "
+        f"{agent.provenance['env_steps']} env steps, {agent.provenance['decisions']} decisions, "
+        f"{agent.provenance['updates']} updates. One decision lasts {agent.action_repeat} "
+        f"simulator steps.",
+        "",
+        table(found),
+        "",
+        f"Returns are of {len(returns)} episodes from seed {measured['seed']}: "
+        + ", ".join(f"{value:.0f}" for value in returns)
+        + ". Milliseconds per decision: one environment, "
+        f"{measured['threads']} thread{'s' if measured['threads'] > 1 else ''} of a "
+        f"{measured['machine']}, whatever else it was doing.",
+    ]
+    if len(found) > 1 and found[1].source == "recorded":
+        lines[-1] += " The parent's return is the one on file for it."
+    lines += ["", "Made by", "", "```sh", *agent.provenance["commands"], "```", ""]
+    return "\n".join(lines)
+
+
+def _size(column: Column) -> dict[str, float]:
+    return agent_size(column.agent.model, column.agent.config)
+
+
+def _budget(agent: SavedAgent) -> str:
+    planner = agent.config.planner
+    return f"{planner.samples} × {planner.iterations} × {planner.horizon}"
+
+
+def _return(column: Column) -> str:
+    if not column.returns:
+        return "not on file"
+    shown = f"{np.mean(column.returns):.1f} ± {np.std(column.returns):.1f}"
+    return shown if column.source == "measured" else f"{shown} ({column.source})"

@@ -1,0 +1,132 @@
+"""Playing with a saved agent: at once, in MuJoCo's viewer in real time, or into a film."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+
+from envs import Film, Viewer, make_env, simulator_step_seconds
+from tdmpc_prune.checkpoint import SavedAgent
+from tdmpc_prune.errors import UserError
+from tdmpc_prune.evaluation import Controller, Evaluation, evaluate
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What was so after one simulator step of an episode."""
+
+    env_steps: int  # of this episode so far
+    episode_return: float  # so far
+    decision_ms: float  # wall time of the latest decision
+    ended: bool
+
+
+def episode(
+    controller: Controller, env: gymnasium.Env, action_repeat: int, seed: int
+) -> Iterator[Frame]:
+    """Play one episode, simulator step by simulator step.
+
+    Args:
+        controller: the agent.
+        env: the agent's task, made with an action repeat of 1.
+        action_repeat: simulator steps per decision.
+        seed: of the initial state.
+    """
+    observation, _ = env.reset(seed=seed)
+    controller.reset()
+    total, steps, ended = 0.0, 0, False
+    while not ended:
+        began = time.perf_counter()
+        action = controller.act(observation)
+        milliseconds = 1000 * (time.perf_counter() - began)
+        for _ in range(action_repeat):
+            observation, reward, terminated, truncated, _ = env.step(action)
+            total, steps, ended = total + reward, steps + 1, terminated or truncated
+            yield Frame(steps, total, milliseconds, ended)
+            if ended:
+                break
+
+
+def view(agent: SavedAgent, seed: int) -> Iterator[str]:
+    """Play episodes in the viewer until its window is closed; a sentence for each.
+
+    Raises:
+        DisplayError: see `envs.Viewer`.
+    """
+    env = make_env(agent.task, action_repeat=1)
+    step_seconds = _step_seconds(env, agent.task)
+    period = 1000 * step_seconds * agent.action_repeat
+    controller = Controller(agent.model, agent.config, seed)
+    with Viewer(env) as viewer:
+        while viewer.is_open:
+            viewer.reset_wanted = False
+            decisions: list[float] = []
+            for frame in episode(controller, env, agent.action_repeat, seed):
+                if (frame.env_steps - 1) % agent.action_repeat == 0:
+                    decisions.append(frame.decision_ms)
+                viewer.show(step_seconds, _texts(agent, frame, step_seconds, period))
+                if viewer.reset_wanted or not viewer.is_open:
+                    break
+            late = sum(ms > period for ms in decisions)
+            yield (
+                f"episode from seed {seed}: return {frame.episode_return:.1f} after "
+                f"{frame.env_steps * step_seconds:.1f} s{'' if frame.ended else ' (broken off)'}, "
+                f"{np.median(decisions):.1f} ms per decision, {late} of {len(decisions)} later "
+                f"than the control period of {period:g} ms"
+            )
+            seed += 1
+    env.close()
+    yield f"{viewer.frames} frames were shown"
+
+
+def measure(agent: SavedAgent, episodes: int, seed: int) -> Evaluation:
+    """Play episodes without pictures, all at once."""
+    return evaluate(agent.model, agent.config, agent.task, agent.action_repeat, episodes, seed)
+
+
+def record(agent: SavedAgent, episodes: int, seed: int, path: Path) -> Evaluation:
+    """Play episodes one after another into a film.
+
+    Raises:
+        DisplayError: see `envs.Film`.
+    """
+    began = time.perf_counter()
+    env = make_env(agent.task, action_repeat=1, render_mode="rgb_array")
+    step_seconds = _step_seconds(env, agent.task)
+    controller = Controller(agent.model, agent.config, seed)
+    returns, decisions = [], 0
+    env.reset(seed=seed)
+    with Film(path, env, step_seconds) as film:
+        for i in range(episodes):
+            for frame in episode(controller, env, agent.action_repeat, seed + i):
+                film.shoot()
+                total, steps = frame.episode_return, frame.env_steps
+            returns.append(total)
+            decisions += math.ceil(steps / agent.action_repeat)
+    env.close()
+    return Evaluation(returns, decisions, time.perf_counter() - began)
+
+
+def _step_seconds(env: gymnasium.Env, task: str) -> float:
+    seconds = simulator_step_seconds(env)
+    if seconds is None:
+        raise UserError(
+            f"task '{task}' does not say how long a simulator step is (a 'dt' attribute), so it "
+            f"cannot be shown at its true speed"
+        )
+    return seconds
+
+
+def _texts(agent: SavedAgent, frame: Frame, step_seconds: float, period: float) -> dict[str, str]:
+    return {
+        "task": agent.task,
+        "time": f"{frame.env_steps * step_seconds:.2f} s",
+        "return": f"{frame.episode_return:.1f}",
+        "decision": f"{frame.decision_ms:.1f} of {period:g} ms",
+    }
