@@ -1,6 +1,6 @@
 """Control tasks as Gymnasium environments. Knows simulators, and nothing of agents."""
 
-from envs.make import make_env, simulator_step_seconds
+from envs.make import make_env, observation_layout, simulator_step_seconds
 from envs.rendering import DisplayError, Film
 from envs.tasks import TaskError, default_action_repeat, suite_tasks
 from envs.viewer import Viewer
@@ -12,6 +12,7 @@ __all__ = [
     "Viewer",
     "default_action_repeat",
     "make_env",
+    "observation_layout",
     "simulator_step_seconds",
     "suite_tasks",
 ]

@@ -73,6 +73,13 @@ def simulator_step_seconds(env: gymnasium.Env) -> float | None:
     return getattr(inner, "control_timestep", None) or getattr(inner, "dt", None)
 
 
+def observation_layout(env: gymnasium.Env) -> list[dict[str, str | int]]:
+    """What the numbers of an observation are, in order: name and count of each part."""
+    whole = {"observation": env.observation_space.shape[0]}
+    parts = getattr(env.unwrapped, "observation_parts", whole)
+    return [{"name": name, "size": size} for name, size in parts.items()]
+
+
 def _make_gym(task: str, render_mode: str | None) -> gymnasium.Env:
     choose_gl_backend()
     gym_id = task.removeprefix(GYM_PREFIX)

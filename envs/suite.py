@@ -15,6 +15,7 @@ _UNLIMITED = 1e9  # dm_control gives an actuator without a control range bounds 
 class SuiteEnv(gymnasium.Env):
     """One simulator step per `step`; observations flattened to float32 `[O]`.
 
+    `observation_parts` says which parts an observation has, in order: name → size.
     `model` and `data` are MuJoCo's own `MjModel` and `MjData`, for a viewer. An actuator without
     a control range is given [-1, 1]. What the suite randomises once per task (lqr's springs)
     is always the same; what it randomises per episode follows `reset(seed=...)`.
@@ -30,9 +31,9 @@ class SuiteEnv(gymnasium.Env):
             "render_modes": ["rgb_array"],
             "render_fps": round(1 / self._suite_env.control_timestep()),
         }
-        width = sum(
-            int(np.prod(spec.shape)) for spec in self._suite_env.observation_spec().values()
-        )
+        specs = self._suite_env.observation_spec()
+        self.observation_parts = {name: int(np.prod(spec.shape)) for name, spec in specs.items()}
+        width = sum(self.observation_parts.values())
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (width,), np.float32)
         action = self._suite_env.action_spec()
         unlimited = action.maximum > _UNLIMITED

@@ -1,26 +1,35 @@
 """Time an agent. `python scripts/benchmark.py --help` lists every setting."""
 
 import json
-from pathlib import Path
+from dataclasses import asdict
 
-from tdmpc_prune.benchmark import benchmark
+from tdmpc_prune.benchmark import benchmark, gain
+from tdmpc_prune.checkpoint import load_agent, load_parent
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import BenchmarkConfig
-from tdmpc_prune.errors import RunError
+from tdmpc_prune.errors import UserError
+from tdmpc_prune.files import write_file
 from tdmpc_prune.runtime import choose_device, set_threads
 
 
 def main(config: BenchmarkConfig, given: list[str]) -> None:
-    """Measure milliseconds per decision and per update, beside what the arithmetic alone needs."""
+    """Measure milliseconds per decision and per update, or a pruned agent beside its parent."""
     set_threads(config.threads)
     device = choose_device(config.device)
-    result = benchmark(config.model, config.task, config.environments, config.repeats, device)
-    print(result.table())
+    if config.checkpoint:
+        agent = load_agent(config.checkpoint, device)
+        parent = load_parent(agent, device=device)
+        if parent is None:
+            raise UserError(f"'{config.checkpoint}' names no dense parent that is there")
+        result = gain(agent, parent, config.episodes, config.seed, config.repeats)
+        print(f"{agent.task}, {device}, {config.threads} thread(s)\n\n{result.text()}")
+        values = asdict(result) | {"times_faster": result.times_faster}
+    else:
+        result = benchmark(config.model, config.task, config.environments, config.repeats, device)
+        print(result.table())
+        values = result.as_json()
     if config.json:
-        try:
-            Path(config.json).write_text(json.dumps(result.as_json(), indent=1) + "\n")
-        except OSError as error:
-            raise RunError(f"json={config.json} cannot be written: {error.strerror}") from error
+        write_file(config.json, json.dumps(values, indent=1) + "\n", "json")
         print(f"\nwritten to {config.json}")
 
 

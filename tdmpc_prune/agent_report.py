@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,17 @@ def text(found: list[Column], evaluation: Evaluation, seed: int) -> str:
 def check_free(folder: Path) -> None:
     """Refuse, before anything is played, a folder that exists. Raises UserError."""
     if folder.exists():
-        raise UserError(f"save={folder} exists already; choose another folder")
+        raise UserError(f"'{folder}' exists already; choose another folder")
 
 
-def ship(folder: Path, found: list[Column], seed: int, threads: int, command: str) -> None:
+def ship(
+    folder: Path,
+    found: list[Column],
+    seed: int,
+    threads: int,
+    command: str,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
     """Save the agent without its training state, with a card of this evaluation.
 
     Args:
@@ -114,6 +122,7 @@ def ship(folder: Path, found: list[Column], seed: int, threads: int, command: st
         seed: of the evaluation.
         threads: with which the times were measured.
         command: that shipped it.
+        files: name → content of what else belongs to it.
 
     Raises:
         UserError, RunError: see `save_agent`.
@@ -134,7 +143,7 @@ def ship(folder: Path, found: list[Column], seed: int, threads: int, command: st
     parent = found[1].agent.folder if len(found) > 1 else None
     shipped = replace(agent, provenance=provenance, parent=parent)
     card = _card(folder.name, [replace(column, agent=shipped), *found[1:]], measured)
-    save_agent(folder, shipped, {CARD: card})
+    save_agent(folder, shipped, {CARD: card.encode()} | dict(files or {}))
 
 
 def _card(name: str, found: list[Column], measured: dict[str, Any]) -> str:

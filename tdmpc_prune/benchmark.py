@@ -5,19 +5,25 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
+from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
 from envs import make_env
-from tdmpc_prune.agent.config import AgentConfig
+from tdmpc_prune import playing
+from tdmpc_prune.agent.config import PRESETS, AgentConfig
 from tdmpc_prune.agent.learner import Learner
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan
 from tdmpc_prune.agent.replay import Episode, SequenceReplay
 from tdmpc_prune.agent.world_model import Widths, WorldModel
+from tdmpc_prune.agent_report import recorded_returns
+from tdmpc_prune.checkpoint import SavedAgent
 from tdmpc_prune.compression import agent_computation
+from tdmpc_prune.errors import UserError
+from tdmpc_prune.evaluation import decision_milliseconds
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
 from tdmpc_prune.pruning.importance import Tracker
@@ -144,6 +150,69 @@ def benchmark(
         measurements=floors,
         pruning=_pruning_cost(learner, config, lambda: learner.update(batch, generator), repeats),
     )
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A pruned or fitted agent beside its dense parent with the published planner budget."""
+
+    dense_ms: list[float]  # single decisions, in turn with the other's
+    ms: list[float]
+    dense_returns: list[float]
+    returns: list[float]
+    dense_played: bool  # else its returns are the ones on file
+
+    @property
+    def times_faster(self) -> float:
+        """Ratio of the medians."""
+        return statistics.median(self.dense_ms) / statistics.median(self.ms)
+
+    def text(self) -> str:
+        share = np.mean(self.returns) / np.mean(self.dense_returns)
+        rows = [
+            (
+                name,
+                f"{statistics.median(times):.2f}",
+                f"{np.mean(returns):.1f} ± {np.std(returns):.1f}",
+                f"{len(returns)} {'played' if played else 'on file'}",
+            )
+            for name, times, returns, played in (
+                ("dense", self.dense_ms, self.dense_returns, self.dense_played),
+                ("this agent", self.ms, self.returns, True),
+            )
+        ]
+        names = ["", "ms per decision (median)", "return", "episodes"]
+        return (
+            f"{tabulate(rows, names, 'pipe', disable_numparse=True)}\n\n"
+            f"{self.times_faster:.0f} times faster, with {share:.1%} of the return"
+        )
+
+
+def gain(agent: SavedAgent, parent: SavedAgent, episodes: int, seed: int, repeats: int) -> Gain:
+    """Time an agent and its dense parent side by side, and play both.
+
+    Args:
+        agent: pruned or fitted, with its own planner budget.
+        parent: dense; it gets the published planner.
+        episodes: of the agent and of its parent; 0 takes the parent's return on file, and as many
+            episodes of the agent as it has.
+        seed: of the initial states.
+        repeats: timed decisions of each, in turn.
+
+    Raises:
+        UserError: nothing is to be played, and the parent has no return on file.
+    """
+    published = replace(parent.config, planner=PRESETS["paper"].planner)
+    dense = replace(parent, config=published)
+    recorded = recorded_returns(parent)
+    if not episodes and not recorded:
+        raise UserError("episodes=0, but the dense parent has no return on file")
+    dense_ms, ms = decision_milliseconds(
+        (dense.model, dense.config), (agent.model, agent.config), repeats=repeats
+    )
+    played = playing.measure(agent, episodes or len(recorded), seed)
+    dense_returns = playing.measure(dense, episodes, seed).returns if episodes else recorded
+    return Gain(dense_ms, ms, dense_returns, played.returns, episodes > 0)
 
 
 def _pruning_cost(

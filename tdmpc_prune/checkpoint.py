@@ -111,13 +111,13 @@ def save_checkpoint(
     return target
 
 
-def save_agent(target: Path, agent: SavedAgent, texts: Mapping[str, str] | None = None) -> None:
+def save_agent(target: Path, agent: SavedAgent, files: Mapping[str, bytes] | None = None) -> None:
     """Save what is needed to act, without what is needed to go on training.
 
     Args:
         target: its folder, which must not exist yet.
         agent: the agent.
-        texts: name → content of text files that go with it.
+        files: name → content of what goes with it.
 
     Raises:
         UserError: the folder exists.
@@ -128,8 +128,8 @@ def save_agent(target: Path, agent: SavedAgent, texts: Mapping[str, str] | None 
 
     def write(part: Path) -> None:
         _write_agent(part, agent)
-        for name, text in (texts or {}).items():
-            (part / name).write_text(text)
+        for name, content in (files or {}).items():
+            (part / name).write_bytes(content)
 
     _write_folder(target, write)
 

@@ -127,11 +127,78 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class FitConfig:
+    """A search for the best agent that decides fast enough on this machine."""
+
+    checkpoint: str = setting(
+        MISSING, "a pruning run, whose agents are all candidates, or one agent"
+    )
+    rate_hz: float = setting(100.0, "decisions per second that it must reach")
+    max_return_drop: float = setting(
+        0.05, "fraction of the dense agent's return that may be lost at most"
+    )
+    episodes: int = setting(20, "episodes that the best candidates are judged by")
+    seed: int = setting(0, "of the episodes' initial states and of the planner")
+    env_steps: int | None = setting(
+        None,
+        "training while the networks are cut, in simulator steps; 0 takes them as they are; "
+        "null takes 20 000 for a dense agent, and 0 for a pruned one or a pruning run",
+    )
+    prune: PruneConfig = setting(
+        lambda: PruneConfig(method="bayesian", start=0.0, sparsity=0.97, max_return_drop=0.3),
+        "how the networks are cut",
+    )
+    out: str | None = setting(
+        None, "folder for the fitted agent; null takes runs/<task>/fitted-<rate>hz"
+    )
+    threads: int = setting(1, "CPU threads that it will run with")
+
+    def __post_init__(self):
+        require(self.rate_hz > 0, f"rate_hz={self.rate_hz} must be positive")
+        require(
+            0 <= self.max_return_drop < 1,
+            f"max_return_drop={self.max_return_drop} must lie in [0, 1)",
+        )
+        require(self.episodes >= 1, f"episodes={self.episodes} must be at least 1")
+        require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31)")
+        require(
+            self.env_steps is None or self.env_steps >= 0,
+            f"env_steps={self.env_steps} cannot be negative",
+        )
+        check_machine("cpu", self.threads)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """An export of a saved agent."""
+
+    checkpoint: str = setting(MISSING, "a run folder (its newest checkpoint) or a checkpoint")
+    format: str = setting("onnx", "onnx")
+    part: str = setting("planner", "planner (the whole decision), or policy (without planning)")
+    out: str | None = setting(
+        None, "file to write, *.onnx; its description goes beside it; null takes <task>-<part>.onnx"
+    )
+
+    def __post_init__(self):
+        require(self.format == "onnx", f"format={self.format} is not known; the only one is onnx")
+        require(self.part in ("planner", "policy"), f"part={self.part} must be planner or policy")
+
+
+@dataclass(frozen=True)
 class BenchmarkConfig:
     """A measurement of how long a decision and an update take."""
 
     model: AgentConfig = setting(AgentConfig, "agent preset: default, or paper (as published)")
     task: str = setting("cartpole-swingup", "the task whose observations and actions to use")
+    checkpoint: str | None = setting(
+        None,
+        "a pruned or fitted agent to measure beside its dense parent with the published planner "
+        "budget, in place of a new agent's decisions and updates",
+    )
+    episodes: int = setting(
+        20, "episodes that both of them play; 0 quotes the parent's return on file"
+    )
+    seed: int = setting(0, "of those episodes")
     environments: int = setting(1, "decisions planned at once")
     repeats: int = setting(30, "timed calls; the median is reported")
     device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
@@ -142,6 +209,7 @@ class BenchmarkConfig:
         for name in ("environments", "repeats"):
             value = getattr(self, name)
             require(value >= 1, f"{name}={value} must be at least 1")
+        require(self.episodes >= 0, f"episodes={self.episodes} cannot be negative")
         check_machine(self.device, self.threads)
 
 
@@ -156,6 +224,8 @@ COMMANDS = {
     "prune": PruneCheckpointConfig,
     "groups": GroupsConfig,
     "evaluate": EvaluateConfig,
+    "fit": FitConfig,
+    "export": ExportConfig,
     "benchmark": BenchmarkConfig,
 }
 GROUPS = {

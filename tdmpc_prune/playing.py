@@ -10,6 +10,7 @@ from pathlib import Path
 
 import gymnasium
 import numpy as np
+from tqdm import tqdm
 
 from envs import Film, Viewer, make_env, simulator_step_seconds
 from tdmpc_prune.checkpoint import SavedAgent
@@ -87,7 +88,21 @@ def view(agent: SavedAgent, seed: int) -> Iterator[str]:
 
 def measure(agent: SavedAgent, episodes: int, seed: int) -> Evaluation:
     """Play episodes without pictures, all at once."""
-    return evaluate(agent.model, agent.config, agent.task, agent.action_repeat, episodes, seed)
+    with tqdm(desc="playing", unit="decision", leave=False) as bar:
+
+        def decided() -> bool:
+            bar.update()
+            return False
+
+        return evaluate(
+            agent.model,
+            agent.config,
+            agent.task,
+            agent.action_repeat,
+            episodes,
+            seed,
+            interrupted=decided,
+        )
 
 
 def record(agent: SavedAgent, episodes: int, seed: int, path: Path) -> Evaluation:

@@ -1,0 +1,35 @@
+"""Compare runs: `python scripts/compare.py RUN_FOLDER … [--out NAME]`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tdmpc_prune import compare
+from tdmpc_prune.errors import RunError, UserError
+from tdmpc_prune.files import write_file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders of those")
+    parser.add_argument("--out", default="compare", help="of NAME.png, NAME.md and NAME.csv")
+    arguments = parser.parse_args()
+    try:
+        measured, without = compare.read(compare.find_runs(arguments.runs))
+        left_out = [f"left out: '{run}' has not been evaluated yet" for run in without]
+        if not measured:
+            raise UserError("; ".join(left_out))
+        table = "\n".join([compare.table(measured), *(["", *left_out] if left_out else [])])
+        print(table)
+        curves = compare.curve_table(measured)
+        write_file(f"{arguments.out}.md", f"{table}\n\n{curves}\n", "--out")
+        write_file(f"{arguments.out}.csv", compare.write_csv(measured), "--out")
+        write_file(f"{arguments.out}.png", compare.picture(measured), "--out")
+    except (UserError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, RunError) else 2) from error
+    print(f"\nwritten to {arguments.out}.png, .md and .csv")
+
+
+if __name__ == "__main__":
+    main()

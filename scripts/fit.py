@@ -1,0 +1,30 @@
+"""Fit an agent to a control rate. `python scripts/fit.py --help` lists every setting."""
+
+import shlex
+import sys
+from dataclasses import replace
+
+from tdmpc_prune import fit, prune_checkpoint, runs
+from tdmpc_prune.command_line import run_command
+from tdmpc_prune.config import FitConfig
+from tdmpc_prune.runtime import set_threads
+
+
+def main(config: FitConfig, given: list[str]) -> None:
+    """Find the networks and the planner budget that reach a control rate at the least loss."""
+    folder = fit.free_folder(config)
+    cutting = fit.cutting(config)
+    if cutting:
+        trainer = prune_checkpoint.start(cutting, sys.argv)
+        runs.finish(trainer)
+        config = replace(config, checkpoint=str(trainer.run_dir))
+    set_threads(config.threads)
+    found = fit.fit(config, folder, shlex.join(["python", *sys.argv]))
+    print(found.table() if found.played else "no candidate is fast enough")
+    if found.fitted is None:
+        raise fit.failure(found, config)
+    print(f"\n{found.sentence(config)}\nsaved in {folder}, with its card and frontier.png")
+
+
+if __name__ == "__main__":
+    run_command("fit", main)

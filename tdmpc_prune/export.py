@@ -1,0 +1,258 @@
+"""Export an agent to ONNX: the whole stateless planner step, or the policy alone, as one graph.
+
+Beside the graph lies a JSON file that says all that a program without PyTorch needs: inputs and
+outputs with shapes and meaning, what noise to draw, action repeat and control period.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import trange
+
+from envs import make_env, observation_layout, simulator_step_seconds
+from tdmpc_prune.agent.planner import PlannerNoise, draw_noise, first_means, plan
+from tdmpc_prune.checkpoint import SavedAgent
+from tdmpc_prune.errors import RunError, UserError
+
+TOLERANCE = 1e-4  # largest difference to PyTorch that an export may have
+CHECKED = 1_000  # random observations that it is checked on
+_OPSET = 17
+_NOISE = ("samples", "sample_ends", "policy", "policy_ends", "choice")  # no exploration
+
+
+class _PlannerStep(nn.Module):
+    """The planner as a module of tensors alone, for one environment, without its E dimension."""
+
+    def __init__(self, agent: SavedAgent):
+        super().__init__()
+        self.model = agent.model
+        self._planner, self._discount = agent.config.planner, agent.config.learning.discount
+
+    def forward(self, observation: Tensor, means: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor]:
+        exploration = torch.zeros(1, means.shape[-1])
+        decision = plan(
+            self.model,
+            observation.unsqueeze(0),
+            means.unsqueeze(1),
+            PlannerNoise(*noise, exploration),
+            self._planner,
+            self._discount,
+        )
+        return decision.actions.squeeze(0), decision.means.squeeze(1)
+
+
+class _PolicyStep(nn.Module):
+    """The policy's action for an observation, without planning and without noise."""
+
+    def __init__(self, agent: SavedAgent):
+        super().__init__()
+        self.model = agent.model
+
+    def forward(self, observation: Tensor) -> tuple[Tensor]:
+        return (self.model.act(self.model.encode(observation)),)
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of the graph."""
+
+    name: str
+    shape: tuple[int, ...]  # float32
+    meaning: str
+    draw: str | None = None  # of noise: "normal" or "uniform", anew at every decision
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was exported, and how it compares with PyTorch."""
+
+    graph: Path
+    sidecar: Path
+    difference: float  # largest, over all outputs and checked observations
+    onnx_ms: float  # median per decision, one thread, side by side
+    torch_ms: float
+
+
+def export(agent: SavedAgent, part: str, path: Path) -> Export:
+    """Write `path` and its sidecar, after checking the graph against PyTorch.
+
+    Args:
+        agent: on the CPU.
+        part: "planner" or "policy".
+        path: of the graph, ending in .onnx; the sidecar's ends in .json instead.
+
+    Raises:
+        UserError: ONNX or its runtime is not installed, or the path's suffix is another.
+        RunError: the graph differs from PyTorch, or cannot be written; nothing is left behind.
+    """
+    ort = _require_onnx()
+    if path.suffix != ".onnx":
+        raise UserError(f"out={path} must end in .onnx")
+    module = (_PlannerStep if part == "planner" else _PolicyStep)(agent).eval()
+    inputs, outputs = _ports(agent, part)
+    generator = torch.Generator().manual_seed(0)
+    example = _draw(inputs, generator)
+    with _parts(path, path.with_suffix(".json")) as (graph, sidecar):
+        with warnings.catch_warnings():
+            # The tracer warns of sizes that are taken as constants, which is meant: all are fixed.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                module,
+                tuple(example),
+                str(graph),
+                input_names=[port.name for port in inputs],
+                output_names=[port.name for port in outputs],
+                opset_version=_OPSET,
+                dynamo=False,
+            )
+        session = _session(ort, graph)
+        difference, onnx_ms, torch_ms = _compare(module, session, inputs, generator)
+        if not difference <= TOLERANCE:
+            raise RunError(
+                f"the exported {part} differs from PyTorch by {difference:.1e}, more than "
+                f"{TOLERANCE:.0e}; nothing was saved"
+            )
+        description = _description(agent, part, inputs, outputs, difference)
+        description["sha256"] = hashlib.sha256(graph.read_bytes()).hexdigest()
+        sidecar.write_text(json.dumps(description, indent=1) + "\n")
+    return Export(path, path.with_suffix(".json"), difference, onnx_ms, torch_ms)
+
+
+def _require_onnx():
+    try:
+        import onnx  # noqa: F401  (the exporter needs it)
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(
+            "format=onnx needs onnx and onnxruntime, which are optional: "
+            "pip install 'tdmpc-prune[onnx]' (in a checkout: pip install -e '.[onnx]')"
+        ) from error
+    return onnxruntime
+
+
+@contextmanager
+def _parts(*targets: Path):
+    """Paths to write to; they get the targets' names together, or are deleted."""
+    parts = [target.with_name(f".{target.name}.part") for target in targets]
+    try:
+        yield parts
+        for part, target in zip(parts, targets, strict=True):
+            os.replace(part, target)
+    except OSError as error:
+        raise RunError(f"'{targets[0]}' cannot be written: {error.strerror}") from error
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def _ports(agent: SavedAgent, part: str) -> tuple[list[Port], list[Port]]:
+    """Inputs and outputs of the graph, in its order."""
+    widths, planner = agent.model.widths, agent.config.planner
+    observation = Port("observation", (widths.observation,), "the task's observation, unscaled")
+    action = Port("action", (widths.action,), "execute this; in [-1, 1] of the actuator's range")
+    if part == "policy":
+        return [observation], [action]
+    means = first_means(planner, 1, widths.action).squeeze(1)
+    noise = vars(draw_noise(planner, 1, widths.action, torch.Generator()))
+    inputs = [
+        observation,
+        Port("means", tuple(means.shape), "next_means of the last decision; zeros after a reset"),
+        *(
+            Port(
+                f"noise_{name}",
+                tuple(noise[name].shape),
+                "anew at every decision; zeros plan without it",
+                "uniform" if name == "choice" else "normal",
+            )
+            for name in _NOISE
+        ),
+    ]
+    return inputs, [action, Port("next_means", tuple(means.shape), "hand back as means")]
+
+
+def _draw(inputs: list[Port], generator: torch.Generator) -> list[Tensor]:
+    """Random inputs of the graph."""
+    return [
+        torch.rand(port.shape, generator=generator)
+        if port.draw == "uniform"
+        else torch.randn(port.shape, generator=generator)
+        for port in inputs
+    ]
+
+
+def _session(ort, graph: Path):
+    """A session with one thread that keeps its warnings to itself."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+
+
+def _compare(
+    module: nn.Module, session, inputs: list[Port], generator: torch.Generator
+) -> tuple[float, float, float]:
+    """Largest difference over random observations with fixed noise; median times of both."""
+    largest, times = 0.0, {"onnx": [], "torch": []}
+    names = [port.name for port in inputs]
+    fixed = _draw(inputs[1:], generator)
+
+    def timed(who: str, call: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        result = call()
+        times[who].append(1000 * (time.perf_counter() - began))
+        return result
+
+    with torch.no_grad():
+        for _ in trange(CHECKED, desc="checking", unit="observation", leave=False):
+            values = [*_draw(inputs[:1], generator), *fixed]
+            fed = dict(zip(names, (value.numpy() for value in values), strict=True))
+            ours = timed("torch", lambda values=values: module(*values))
+            theirs = timed("onnx", lambda fed=fed: session.run(None, fed))
+            for one, other in zip(ours, theirs, strict=True):
+                largest = max(largest, float(np.abs(one.numpy() - other).max()))
+    return largest, float(np.median(times["onnx"])), float(np.median(times["torch"]))
+
+
+def _description(
+    agent: SavedAgent, part: str, inputs: list[Port], outputs: list[Port], difference: float
+) -> dict[str, Any]:
+    """The sidecar."""
+    env = make_env(agent.task)
+    seconds = simulator_step_seconds(env)
+    layout = observation_layout(env)
+    env.close()
+
+    def listed(ports: list[Port]) -> list[dict[str, Any]]:
+        return [
+            {"name": p.name, "shape": p.shape, "dtype": "float32", "meaning": p.meaning}
+            | ({"draw": p.draw} if p.draw else {})
+            for p in ports
+        ]
+
+    return {
+        "format": "tdmpc_prune ONNX export",
+        "part": part,
+        "task": agent.task,
+        "inputs": listed(inputs),
+        "outputs": listed(outputs),
+        "observation": layout,
+        "observation_units": "as the simulator's: MuJoCo's are SI (m, rad, s, kg) unless scaled",
+        "action_units": "-1 and 1 are the ends of each actuator's control range",
+        "action_repeat": agent.action_repeat,
+        "control_period_seconds": seconds * agent.action_repeat if seconds else None,
+        "largest_difference_to_pytorch": difference,
+        "provenance": agent.provenance,
+    }

@@ -1,0 +1,29 @@
+"""Files that a command was told to write: whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tdmpc_prune.errors import RunError
+
+
+def write_file(path: str | Path, content: str | bytes, setting: str) -> None:
+    """Write `content` to `path`.
+
+    Args:
+        path: as the user gave it.
+        content: text is encoded as UTF-8.
+        setting: that named the path, for the error.
+
+    Raises:
+        RunError: it cannot be written; what was there before still is.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise RunError(f"{setting}={path} cannot be written: {error.strerror}") from error
