@@ -240,7 +240,8 @@ def picture(measured: list[Measured]) -> bytes:
             axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
             axis.grid(alpha=0.3)
         row[0].set_xlim(left=0)
-        if row[2].has_data():
+        low, high = row[2].get_xlim()
+        if row[2].has_data() and high > 5 * max(low, 1e-9):
             row[2].set_xscale("log")
     lines = [figure.axes[0].plot([], [], "o-", color=colour[arm], label=arm)[0] for arm in arms]
     figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8)

@@ -1,0 +1,127 @@
+"""Comparing runs: what is read from their folders, what is an arm, and what is said of it."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from tdmpc_prune import compare
+from tdmpc_prune.errors import UserError
+from tests.test_command_line import run
+
+
+def write_run(folder, method, seed, history, **settings):
+    folder.mkdir(parents=True)
+    values = {"task": "cartpole-swingup", "seed": seed, "prune": {"method": method, "steps": 8}}
+    values |= {"run_dir": str(folder), "start_from": None} | settings
+    (folder / "run.json").write_text(json.dumps({"settings": values, "command": ["train.py"]}))
+    (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
+    return folder
+
+
+def evaluation(env_steps, returns, **size):
+    return {"kind": "evaluation", "env_steps": env_steps, "returns": returns} | size
+
+
+def tracking(env_steps, moment, returns, **size):
+    return evaluation(env_steps, returns, **size) | {"kind": "tracking", "moment": moment}
+
+
+DENSE = {"sparsity": 0.0, "parameters": 1000, "planning_macs": 9000, "decision_ms": 8.0}
+HALF = {"sparsity": 0.5, "parameters": 500, "planning_macs": 5000, "decision_ms": 6.0}
+TENTH = {"sparsity": 0.9, "parameters": 100, "planning_macs": 900, "decision_ms": 2.0}
+
+
+def pruned_history(shift=0.0):
+    """Two cuts; the second is undone, and the run goes on with the first's networks."""
+    return [
+        evaluation(100, [700 + shift], **DENSE),
+        tracking(150, "before", [800 + shift], **DENSE),
+        {"kind": "cut", "env_steps": 150, "step": 1},
+        tracking(150, "after", [10 + shift], **HALF),
+        tracking(200, "recovered", [780 + shift], **HALF),
+        {"kind": "cut", "env_steps": 200, "step": 2},
+        tracking(200, "after", [5 + shift], **TENTH),
+        tracking(250, "not recovered", [50 + shift], **TENTH),
+        {"kind": "undone", "env_steps": 250, "step": 2},
+        evaluation(300, [790 + shift, 810 + shift], **HALF),
+    ]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    dense = [evaluation(100, [600.0, 800.0], **DENSE), evaluation(300, [1000.0], **DENSE)]
+    write_run(tmp_path / "dense1", "none", 1, dense)
+    write_run(tmp_path / "pruned1", "bayesian", 1, pruned_history())
+    write_run(tmp_path / "pruned2", "bayesian", 2, pruned_history(shift=-100))
+    write_run(tmp_path / "starting", "random", 1, [])
+    return tmp_path
+
+
+def test_points_are_the_last_settled_measurement_of_each_network(folders):
+    measured, without = compare.read(compare.find_runs([folders]))
+    assert [path.name for path in without] == ["starting"]
+    found = {(p.arm, p.cut): p for p in compare.points(measured)}
+    assert set(found) == {("dense", 0), ("bayesian", 0), ("bayesian", 1)}  # the 2nd was undone
+    assert found["bayesian", 0].each == [800, 700]
+    assert found["bayesian", 1].each == [800, 700]
+    assert found["bayesian", 1].mean_of("sparsity") == 0.5
+    assert found["bayesian", 1].mean_of("decision_ms") == 6.0
+    assert found["dense", 0].each == [1000]
+
+
+def test_table_csv_and_picture(folders):
+    done = run("compare.py", str(folders), "--out", "here", cwd=folders)
+    assert done.returncode == 0, done.stderr
+    (row,) = [line for line in done.stdout.splitlines() if "| bayesian" in line and "500" in line]
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells == [
+        *("cartpole-swingup", "bayesian", "1", "2", "300", "0.500", "500", "5,000", "6.0"),
+        *("750 (800, 700)", "75%"),
+    ]
+    assert "left out: " in done.stdout and "starting" in done.stdout
+    assert "| dense    | 100         | 1       | 700" in (folders / "here.md").read_text()
+    rows = list(csv.DictReader(io.StringIO((folders / "here.csv").read_text())))
+    episodes = 3 + 2 * 8
+    assert len(rows) == episodes
+    assert {row["moment"] for row in rows} >= {"evaluation", "after", "not recovered"}
+    assert (folders / "here.png").stat().st_size > 10_000
+
+
+def test_what_sets_an_arm_apart_is_in_its_name(tmp_path):
+    for name, steps, seed in (("a", 1, 1), ("b", 8, 1), ("c", 8, 2)):
+        prune = {"method": "bayesian", "steps": steps}
+        write_run(tmp_path / name, "bayesian", seed, pruned_history(), prune=prune)
+    prune = {"method": "bayesian", "steps": 8}
+    write_run(tmp_path / "d", "bayesian", 1, pruned_history(), prune=prune, start_from="runs/x")
+    measured, _ = compare.read(compare.find_runs([tmp_path]))
+    arms = {m.run.rpartition("/")[2]: m.arm for m in measured}
+    assert arms == {
+        "a": "bayesian prune.steps=1",
+        "b": "bayesian prune.steps=8",
+        "c": "bayesian prune.steps=8",
+        "d": "bayesian of a finished agent prune.steps=8",
+    }
+
+
+def test_histories_of_older_releases_lack_sizes(tmp_path):
+    write_run(tmp_path / "old", "none", 1, [evaluation(100, [1.0])])
+    measured, _ = compare.read([tmp_path / "old"])
+    assert compare.points(measured)[0].mean_of("sparsity") is None
+    assert compare.picture(measured).startswith(b"\x89PNG")
+
+
+def test_wrong_input_is_one_line(folders):
+    (folders / "empty").mkdir()
+    for arguments, message in (
+        (["empty"], "holds none (no run.json)"),
+        (["starting"], "has not been evaluated yet"),
+        (["dense1", "--out", "nowhere/x"], "--out=nowhere/x.md cannot be written"),
+    ):
+        done = run("compare.py", *arguments, cwd=folders)
+        assert done.returncode in (1, 2)
+        lines = done.stderr.strip().splitlines()
+        assert len(lines) == 1 and message in lines[0], done.stderr
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        compare.find_runs([folders / "nowhere"])

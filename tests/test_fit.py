@@ -1,0 +1,165 @@
+"""Fitting to a rate: budgets against brute force, the frontier, the choice, and refusals."""
+
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tdmpc_prune import fit, runs
+from tdmpc_prune.agent.config import PRESETS, PlannerConfig
+from tdmpc_prune.checkpoint import SavedAgent, load_agent
+from tdmpc_prune.config import FitConfig
+from tdmpc_prune.evaluation import Evaluation
+from tests.small import pruning_config
+from tests.test_command_line import run
+
+
+@pytest.fixture(scope="module")
+def pruned_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fit") / "run"
+    runs.start(pruning_config(folder), ["train.py"]).run()
+    return folder
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_budgets_are_within_the_agents_own_and_valid(preset):
+    own = PRESETS[preset].planner
+    found = fit.budgets(own)
+    assert replace(found[0], policy_fraction=own.policy_fraction) == own
+    for planner in found:
+        assert planner.samples <= own.samples and planner.horizon <= own.horizon
+        assert 1 <= planner.elites <= planner.samples
+        assert planner.policy_samples == min(own.policy_samples, planner.samples)
+
+
+@settings(max_examples=50, deadline=None)
+@given(limit=st.floats(0.5, 10_000), powers=st.tuples(*[st.floats(0.1, 1.5)] * 3))
+def test_the_largest_fast_budgets_are_those_of_brute_force(limit, powers):
+    def cost(planner):
+        sizes = (planner.samples, planner.iterations, planner.horizon)
+        return float(np.prod([size**power for size, power in zip(sizes, powers, strict=True)]))
+
+    agent = SimpleNamespace(model=None, config=PRESETS["default"])
+    timed = []
+
+    def times(pair, repeats):
+        timed.append(pair[1].planner)
+        return [[cost(pair[1].planner)] * repeats]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "decision_milliseconds", times)
+        patch.setattr(fit, "agent_size", lambda *_: {"parameters": 1, "sparsity": 0.0})
+        found = fit._largest_budgets("a", agent, limit)
+    fast = [planner for planner in fit.budgets(agent.config.planner) if cost(planner) <= limit]
+    sizes = [(planner.samples, planner.iterations, planner.horizon) for planner in fast]
+    largest = {
+        one
+        for one in sizes
+        if not any(other != one and all(np.array(other) >= one) for other in sizes)
+    }
+    assert {(c.samples, c.iterations, c.horizon) for c in found} == largest
+    assert len(timed) <= len(fit.budgets(agent.config.planner))
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=12))
+def test_the_frontier_is_what_nothing_beats(pairs):
+    candidates = [
+        fit.Candidate("a", 1, 0.0, i, 1, 1, float(ms), (float(mean),))
+        for i, (ms, mean) in enumerate(pairs)
+    ]
+    for c in candidates:
+        better = [
+            o
+            for o in candidates
+            if o.decision_ms <= c.decision_ms
+            and o.mean >= c.mean
+            and (o.decision_ms, o.mean) != (c.decision_ms, c.mean)
+        ]
+        assert (c in fit.frontier(candidates)) == (not better)
+
+
+def search_with(returns, monkeypatch, **settings):
+    """A search among made-up networks; `returns` maps a network's name to its return."""
+    config = replace(PRESETS["default"], planner=PlannerConfig(samples=64))
+    agents = {name: SavedAgent(name, config, "x", 1, {}) for name in returns}
+    monkeypatch.setattr(fit, "agent_size", lambda *_: {"parameters": 1, "sparsity": 0.0})
+    monkeypatch.setattr(
+        fit, "decision_milliseconds", lambda pair, repeats: [[pair[1].planner.samples / 8]]
+    )
+
+    def measure(agent, episodes, seed):
+        value = returns[agent.model]
+        value = value(seed) if callable(value) else value
+        return Evaluation([value] * episodes, episodes, 1.0)
+
+    monkeypatch.setattr(fit.playing, "measure", measure)
+    config = FitConfig("x", rate_hz=200.0, **settings)
+    return fit.search(config, agents, reference=100.0)
+
+
+def test_the_best_return_wins_and_is_confirmed_on_other_episodes(monkeypatch):
+    found = search_with({"a": 90.0, "b": 99.0, "c": 97.0}, monkeypatch)
+    assert found.fitted.model == "b" and found.played[0].network == "b"
+    lucky = search_with(
+        {"a": 90.0, "b": lambda seed: 99.0 if seed < 20 else 10.0, "c": 97.0}, monkeypatch
+    )
+    assert lucky.fitted.model == "c"
+    assert search_with({"a": 90.0, "b": 94.0}, monkeypatch).fitted is None
+
+
+def test_fit_as_typed(pruned_run, tmp_path):
+    arguments = [f"checkpoint={pruned_run}", "episodes=2", "out=fitted"]
+    done = run("fit.py", *arguments, "rate_hz=30", "max_return_drop=0.99", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| step-3 " in done.stdout and "| dense " in done.stdout
+    agent = load_agent(tmp_path / "fitted")
+    assert agent.parent.resolve() == (pruned_run / "agents" / "dense").resolve()
+    assert agent.provenance["commands"][-1].startswith("python ")
+    names = {path.name for path in (tmp_path / "fitted").iterdir()}
+    assert names == {
+        *("agent.json", "agent.safetensors", "card.md"),
+        *("frontier.md", "frontier.csv", "frontier.png"),
+    }
+    again = run("fit.py", *arguments, "rate_hz=30", cwd=tmp_path)
+    assert again.returncode == 2 and "exists already" in again.stderr
+
+
+def test_an_unreachable_rate_says_what_was_reached_and_saves_nothing(pruned_run, tmp_path):
+    shutil.copytree(pruned_run, tmp_path / "run")
+    dense = tmp_path / "run/agents/dense/agent.json"
+    description = json.loads(dense.read_text())
+    description["provenance"]["returns"] = [1e6]  # that no other agent reaches
+    dense.write_text(json.dumps(description))
+    for rate, message in (
+        ("1e6", "too slow; nothing was saved"),
+        ("30", "and 950000.0 is needed; nothing was saved"),
+    ):
+        done = run(
+            *("fit.py", "checkpoint=run", "episodes=2", "out=fitted", f"rate_hz={rate}"),
+            cwd=tmp_path,
+        )
+        assert done.returncode == 1
+        assert message in done.stderr.strip().splitlines()[-1]
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["checkpoint=nowhere"], "'nowhere' does not exist"),
+        (["checkpoint=.", "rate_hz=0"], "rate_hz=0.0 must be positive"),
+        (["checkpoint=.", "max_return_drop=1.5"], "max_return_drop=1.5 must lie in [0, 1)"),
+        (["checkpoint=.", "env_steps=-1"], "env_steps=-1 cannot be negative"),
+        (["rate_hz=10"], "checkpoint=… is needed"),
+    ],
+)
+def test_wrong_input_is_one_line(tmp_path, arguments, message):
+    done = run("fit.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0], done.stderr
