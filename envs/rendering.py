@@ -25,9 +25,22 @@ def choose_gl_backend() -> None:
     """
     if sys.platform != "linux" or "MUJOCO_GL" in os.environ:
         return
-    if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+    if os.environ.get("WAYLAND_DISPLAY") or (os.environ.get("DISPLAY") and _x_server_answers()):
         return
     os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "disable"
+
+
+def _x_server_answers() -> bool:
+    """Whether there is an X server at `DISPLAY`, which outlives the session that set it."""
+    try:
+        x11 = ctypes.CDLL("libX11.so.6")
+    except OSError:
+        return False
+    x11.XOpenDisplay.restype = ctypes.c_void_p
+    display = x11.XOpenDisplay(None)
+    if display:
+        x11.XCloseDisplay(ctypes.c_void_p(display))
+    return bool(display)
 
 
 class Film:
