@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 ROOT = Path(__file__).parents[1]
 REACH = "task=gym:tests.synthetic:Reach-v0"
@@ -69,12 +70,21 @@ def test_wrong_input_is_one_line_and_nothing_starts(tmp_path, arguments, message
 
 
 @pytest.mark.parametrize(
-    "script", ["train.py", "prune.py", "groups.py", "evaluate.py", "benchmark.py"]
+    ("script", "setting"),
+    [
+        ("train.py", "device=auto"),
+        ("prune.py", "device=auto"),
+        ("groups.py", "json=null"),
+        ("evaluate.py", "viewer=False"),
+        ("benchmark.py", "device=auto"),
+        ("fit.py", "rate_hz=100.0"),
+        ("export.py", "part=planner"),
+    ],
 )
-def test_help_documents_every_setting(tmp_path, script):
+def test_help_documents_every_setting(tmp_path, script, setting):
     done = run(script, "--help", cwd=tmp_path)
     assert done.returncode == 0
-    assert ("json=null" if script == "groups.py" else "device=auto") in done.stdout
+    assert setting in done.stdout
     settings = [line for line in done.stdout.splitlines() if line.startswith("  ")]
     assert all(len(line.split(maxsplit=1)) == 2 for line in settings)
     assert "MISSING" not in done.stdout and "object at" not in done.stdout
@@ -102,10 +112,16 @@ def test_train_evaluate_and_read_the_logs(tmp_path):
     for group in ("training", "losses", "gradients", "planner", "speed"):
         assert any(tag.startswith(f"{group}/") for tag in tags), group
     assert "_hparams_/session_start_info" in events.summary_metadata
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    (category,) = layout.category
+    charts = {chart.title: list(chart.multiline.tag) for chart in category.chart}
+    assert list(charts)[:3] == ["return", "sparsity", "milliseconds per decision"]
+    assert all(tag in tags for title in list(charts)[:3] for tag in charts[title])
 
     done = run("evaluate.py", f"checkpoint={folder}", "episodes=3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "over 3 episodes" in done.stdout
+    assert "3 episodes from seed 0" in done.stdout and "dense parent" not in done.stdout
 
     again = run("train.py", *SMALL, cwd=tmp_path)
     assert again.returncode == 2 and "already holds a run" in again.stderr
