@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,7 @@ def table(measured: list[Measured]) -> str:
                 _shown(p.mean_of("planning_macs"), ",.0f"),
                 _shown(p.mean_of("decision_ms"), ".1f"),
                 f"{np.mean(p.each):.0f} ({', '.join(f'{value:.0f}' for value in p.each)})",
-                f"{np.mean(p.each) / reference:.0%}" if reference else "",
+                f"{np.mean(p.each) / reference:.0%}" if reference and reference > 0 else "",
             )
         )
     names = ["task", "arm", "cuts", "seeds", "env steps", "sparsity", "parameters"]
@@ -216,33 +216,34 @@ def write_csv(measured: list[Measured]) -> str:
 
 
 def picture(measured: list[Measured]) -> bytes:
-    """A row for each task: return against env steps, sparsity, and ms per decision; PNG.
+    """A row for each task: return against env steps, sparsity, and ms per decision, as PNG.
 
     Error bars and bands span the seeds.
     """
     tasks = sorted({m.task for m in measured})
     arms = sorted({m.arm for m in measured}, key=lambda arm: (not arm.startswith("dense"), arm))
     colour = {arm: f"C{i % 10}" for i, arm in enumerate(arms)}
-    figure = Figure(figsize=(12, 0.6 + 3.4 * len(tasks)), layout="constrained")
-    rows = figure.subplots(len(tasks), 3, squeeze=False)
     found, curves = points(measured), _curves(measured)
+    figures = {"sparsity": "sparsity", "decision_ms": "ms per decision"}
+    known = [name for name in figures if any(p.mean_of(name) is not None for p in found)]
+    figure = Figure(figsize=(4 + 4 * len(known), 0.6 + 3.4 * len(tasks)), layout="constrained")
+    rows = figure.subplots(len(tasks), 1 + len(known), squeeze=False)
     for row, task in zip(rows, tasks, strict=True):
         for arm in arms:
             own = [p for p in found if (p.task, p.arm) == (task, arm)]
             _draw_curve(row[0], curves.get((task, arm), {}), colour[arm])
-            _draw_points(row[1], own, lambda p: p.mean_of("sparsity"), colour[arm])
-            _draw_points(row[2], own, lambda p: p.mean_of("decision_ms"), colour[arm])
+            for axis, name in zip(row[1:], known, strict=True):
+                _draw_points(axis, own, name, colour[arm])
         row[0].set_ylabel(f"{task}: return")
-        for axis, label in zip(
-            row, ("env steps (simulator steps)", "sparsity", "ms per decision"), strict=True
-        ):
+        row[0].set_xlim(left=0)
+        labels = ["env steps (simulator steps)", *(figures[name] for name in known)]
+        for axis, label in zip(row, labels, strict=True):
             axis.set_xlabel(label)
             axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
             axis.grid(alpha=0.3)
-        row[0].set_xlim(left=0)
-        low, high = row[2].get_xlim()
-        if row[2].has_data() and high > 5 * max(low, 1e-9):
-            row[2].set_xscale("log")
+        low, high = row[-1].get_xlim()
+        if "decision_ms" in known and high > 5 * max(low, 1e-9):
+            row[-1].set_xscale("log")
     lines = [figure.axes[0].plot([], [], "o-", color=colour[arm], label=arm)[0] for arm in arms]
     figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8)
     image = io.BytesIO()
@@ -271,10 +272,9 @@ def _draw_curve(axis: Axes, curve: dict[int, dict[int, float]], colour: str) -> 
         axis.fill_between(list(curve), low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _draw_points(
-    axis: Axes, own: list[Point], at: Callable[[Point], float | None], colour: str
-) -> None:
-    placed = sorted(((at(p), p.each) for p in own if at(p) is not None), key=lambda pair: pair[0])
+def _draw_points(axis: Axes, own: list[Point], name: str, colour: str) -> None:
+    known = [(p.mean_of(name), p.each) for p in own if p.mean_of(name) is not None]
+    placed = sorted(known, key=lambda pair: pair[0])
     if placed:
         mean = np.array([np.mean(each) for _, each in placed])
         low = mean - [min(each) for _, each in placed]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,6 +31,10 @@ class Evaluation:
     def std(self) -> float:
         """Population standard deviation over the episodes."""
         return float(np.std(self.returns))
+
+    def first(self, episodes: int) -> Evaluation:
+        """Its first episodes alone; decisions and seconds stay those of all."""
+        return replace(self, returns=self.returns[:episodes])
 
 
 def evaluate(

@@ -53,7 +53,8 @@ def parent_dir(run_dir: Path) -> Path:
 
 def measure(trainer: Trainer) -> None:
     """The control return before a cut, right after it, and while it recovers."""
-    evaluation = trainer.evaluation()
+    config = trainer.config
+    evaluation = trainer.evaluation(min(config.prune.eval_episodes, config.eval_episodes))
     if evaluation is None:
         return
     if not trainer.compression.stage.changes:

@@ -300,7 +300,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Evaluate and save; nothing if a signal comes meanwhile."""
-        evaluation = self.evaluation()
+        evaluation = self.evaluation(self.config.eval_episodes)
         if evaluation is None:
             return
         config, progress = self.config, self.progress
@@ -331,14 +331,14 @@ class Trainer:
         self.log.progress(evaluation=f"{evaluation.mean:.0f}")
         self.save()
 
-    def evaluation(self) -> Evaluation | None:
+    def evaluation(self, episodes: int) -> Evaluation | None:
         """The present agent's return; it is not played again if nothing changed since.
 
         None if a signal comes meanwhile.
         """
         agent = [self.learner.updates, self.compression.stage.changes if self.compression else 0]
-        if self._evaluated == agent:
-            return self.last_evaluation
+        if self._evaluated == agent and len(self.last_evaluation.returns) >= episodes:
+            return self.last_evaluation.first(episodes)
         self.log.progress(doing="evaluating")
         config = self.config
         evaluation = evaluate(
@@ -346,7 +346,7 @@ class Trainer:
             config.model,
             config.task,
             config.action_repeat,
-            config.eval_episodes,
+            episodes,
             EVALUATION_SEED,
             interrupted=lambda: bool(self._stop_request),
         )

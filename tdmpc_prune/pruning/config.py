@@ -40,6 +40,9 @@ class PruneConfig:
     max_return_drop: float = setting(
         0.1, "a step is undone if its return stays lower than this fraction below the dense one"
     )
+    eval_episodes: int = setting(
+        5, "episodes of each measurement around a cut; at most as many as an evaluation has"
+    )
     smoothing: float = setting(0.99, "decay per update of the current evidence")
     memory: float = setting(0.999, "decay per update of the historical evidence")
     confidence: float = setting(
@@ -61,7 +64,8 @@ class PruneConfig:
             require(value in known, f"prune.{name}={value} must be one of {', '.join(known)}")
         require(0 < self.sparsity < 1, f"prune.sparsity={self.sparsity} must lie in (0, 1)")
         require(self.start >= 0, f"prune.start={self.start} cannot be negative")
-        for name in ("steps", "min_width", "round_to", "gather_updates", "gather_episodes"):
+        counts = ("steps", "min_width", "round_to", "eval_episodes", "gather_updates")
+        for name in (*counts, "gather_episodes"):
             value = getattr(self, name)
             require(value >= 1, f"prune.{name}={value} must be at least 1")
         for name in ("smoothing", "memory"):
