@@ -1,11 +1,10 @@
 """Evaluate or watch a saved agent. `python scripts/evaluate.py --help` lists every setting."""
 
-import shlex
 import sys
 from pathlib import Path
 
 from tdmpc_prune import agent_report, playing
-from tdmpc_prune.checkpoint import load_agent, load_parent
+from tdmpc_prune.checkpoint import command_line, load_agent, load_parent
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import EvaluateConfig
 from tdmpc_prune.errors import UserError
@@ -41,7 +40,7 @@ def main(config: EvaluateConfig, given: list[str]) -> None:
     if config.video:
         print(f"filmed in {config.video}")
     if config.save:
-        command = shlex.join(["python", *sys.argv])
+        command = command_line(sys.argv)
         agent_report.ship(Path(config.save), found, config.seed, config.threads, command)
         print(f"saved in {config.save}, with {agent_report.CARD}")
 

@@ -1,10 +1,10 @@
 """Fit an agent to a control rate. `python scripts/fit.py --help` lists every setting."""
 
-import shlex
 import sys
 from dataclasses import replace
 
 from tdmpc_prune import fit, prune_checkpoint, runs
+from tdmpc_prune.checkpoint import command_line
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import FitConfig
 from tdmpc_prune.runtime import set_threads
@@ -19,7 +19,7 @@ def main(config: FitConfig, given: list[str]) -> None:
         runs.finish(trainer)
         config = replace(config, checkpoint=str(trainer.run_dir))
     set_threads(config.threads)
-    found = fit.fit(config, folder, shlex.join(["python", *sys.argv]))
+    found = fit.fit(config, folder, command_line(sys.argv))
     print(found.table() if found.played else "no candidate is fast enough")
     if found.fitted is None:
         raise fit.failure(found, config)

@@ -288,7 +288,13 @@ def read_run(run_dir: Path) -> dict[str, Any]:
 
 def read_command(run_dir: Path) -> str:
     """The command line that started a run."""
-    return shlex.join(["python", *_read_json(run_dir / "run.json")["command"]])
+    return command_line(_read_json(run_dir / "run.json")["command"])
+
+
+def command_line(arguments: list[str]) -> str:
+    """A command as it is typed in a checkout, from its `sys.argv`."""
+    script = [f"scripts/{Path(argument).name}" for argument in arguments[:1]]
+    return shlex.join(["python", *script, *arguments[1:]])
 
 
 def _widths(values: dict[str, Any]) -> Widths:

@@ -119,7 +119,7 @@ def test_fit_as_typed(pruned_run, tmp_path):
     assert "| step-3 " in done.stdout and "| dense " in done.stdout
     agent = load_agent(tmp_path / "fitted")
     assert agent.parent.resolve() == (pruned_run / "agents" / "dense").resolve()
-    assert agent.provenance["commands"][-1].startswith("python ")
+    assert agent.provenance["commands"][-1].startswith("python scripts/fit.py checkpoint=")
     names = {path.name for path in (tmp_path / "fitted").iterdir()}
     assert names == {
         *("agent.json", "agent.safetensors", "card.md"),
