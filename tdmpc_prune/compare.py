@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from tdmpc_prune.checkpoint import read_run
+from tdmpc_prune.config import by_dotted_name
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning_report import read_history
 
@@ -106,7 +107,7 @@ def _arms(settings: dict[Path, dict[str, Any]]) -> dict[Path, str]:
 
     Settings are compared among the runs of one task; a pruning setting, among those of one method.
     """
-    flat = {run_dir: _flat(values) for run_dir, values in settings.items()}
+    flat = {run_dir: by_dotted_name(values) for run_dir, values in settings.items()}
     names = {}
     for run_dir, own in flat.items():
         task, method = own["task"], own["prune.method"]
@@ -122,16 +123,6 @@ def _arms(settings: dict[Path, dict[str, Any]]) -> dict[Path, str]:
                 parts.append(f"{name}={value}")
         names[run_dir] = " ".join(parts)
     return names
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 @dataclass(frozen=True)

@@ -265,6 +265,15 @@ def to_plain(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def by_dotted_name(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level: `{"model.planner.samples": 256, …}`."""
+    flat: dict[str, Any] = {}
+    for name, value in plain.items():
+        nested = isinstance(value, dict) and value
+        flat |= by_dotted_name(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat
+
+
 def from_plain(schema: type, values: dict[str, Any]) -> Any:
     """The configuration that `to_plain` wrote.
 

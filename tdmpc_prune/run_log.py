@@ -17,6 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from tdmpc_prune.config import by_dotted_name
+
 _SECONDS_BETWEEN_REFRESHES = 0.5
 _OUTCOMES = (
     "evaluation/return",
@@ -83,7 +85,7 @@ class RunLog:
 
     def hyperparameters(self, settings: dict[str, Any]) -> None:
         """Fill TensorBoard's hyperparameter tab, and lay out its page that compares runs."""
-        for summary in hparams(_flat(settings), dict.fromkeys(_OUTCOMES, 0.0)):
+        for summary in hparams(_shown(settings), dict.fromkeys(_OUTCOMES, 0.0)):
             self._writer.file_writer.add_summary(summary)
         self._writer.add_custom_scalars(_LAYOUT)
 
@@ -132,13 +134,10 @@ class RunLog:
         self._bar.close()
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names, as TensorBoard wants them."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            simple = isinstance(value, (bool, int, float, str))
-            flat[prefix + name] = value if simple else json.dumps(value)
-    return flat
+def _shown(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by their dotted names, of the types that TensorBoard shows."""
+    simple = (bool, int, float, str)
+    return {
+        name: value if isinstance(value, simple) else json.dumps(value)
+        for name, value in by_dotted_name(settings).items()
+    }
