@@ -68,7 +68,7 @@ def table(found: list[Column]) -> str:
         "sparsity": [f"{_size(column)['sparsity']:.3f}" for column in found],
         "parameters": [f"{_size(column)['parameters']:,}" for column in found],
         "planner: samples × iterations × horizon": [_budget(column.agent) for column in found],
-        "planning MACs per decision": [f"{_size(column)['planning_macs']:,}" for column in found],
+        "planning MACs per decision": [f"{_size(column)['macs']:,}" for column in found],
         "ms per decision (median)": [f"{column.decision_ms:.2f}" for column in found],
         "decisions per second": [f"{1000 / column.decision_ms:.1f}" for column in found],
     }

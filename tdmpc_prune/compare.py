@@ -41,7 +41,7 @@ class Measured:
     cut: int  # the cut that left these networks; 0 for the ones that the run started with
     sparsity: float | None  # None in the history of older releases, like the next three
     parameters: int | None
-    planning_macs: int | None
+    macs: int | None  # multiply-accumulates of one decision
     decision_ms: float | None
     returns: tuple[float, ...]
 
@@ -96,7 +96,7 @@ def _read_one(run_dir: Path, settings: dict[str, Any], arm: str) -> Iterable[Mea
                 cut=cut,
                 sparsity=entry.get("sparsity"),
                 parameters=entry.get("parameters"),
-                planning_macs=entry.get("planning_macs"),
+                macs=entry.get("macs", entry.get("planning_macs")),
                 decision_ms=entry.get("decision_ms"),
                 returns=tuple(entry["returns"]),
             )
@@ -170,7 +170,7 @@ def table(measured: list[Measured]) -> str:
                 _shown(p.mean_of("env_steps"), ",.0f"),
                 _shown(p.mean_of("sparsity"), ".3f"),
                 _shown(p.mean_of("parameters"), ",.0f"),
-                _shown(p.mean_of("planning_macs"), ",.0f"),
+                _shown(p.mean_of("macs"), ",.0f"),
                 _shown(p.mean_of("decision_ms"), ".1f"),
                 f"{np.mean(p.each):.0f} ({', '.join(f'{value:.0f}' for value in p.each)})",
                 f"{np.mean(p.each) / reference:.0%}" if reference and reference > 0 else "",
@@ -198,7 +198,7 @@ def write_csv(measured: list[Measured]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = ("task", "arm", "seed", "run", "env_steps", "moment", "cut", "sparsity")
-    names += ("parameters", "planning_macs", "decision_ms")
+    names += ("parameters", "macs", "decision_ms")
     writer.writerow([*names, "episode", "episode_return"])
     for m in measured:
         own = [getattr(m, name) for name in names]

@@ -1,34 +1,25 @@
-"""Pruning a TD-MPC agent while it trains: what ties its channels, and the course of each cut."""
+"""Pruning a TD-MPC agent: all that it computes with its networks, and its course of cuts."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, field
-from itertools import combinations
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from envs import make_env
 from envs.tasks import default_action_repeat
 from tdmpc_prune.agent.config import AgentConfig
 from tdmpc_prune.agent.learner import Learner, model_loss, move_target, policy_loss
-from tdmpc_prune.agent.planner import PlannerNoise, draw_noise, first_means, plan, planning_macs
+from tdmpc_prune.agent.planner import PlannerNoise, draw_noise, first_means, plan
 from tdmpc_prune.agent.replay import Batch
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.checkpoint import load_agent
 from tdmpc_prune.components import component_parameters
 from tdmpc_prune.config import GroupsConfig, TrainConfig
 from tdmpc_prune.errors import UserError
+from tdmpc_prune.pruning.course import Course
 from tdmpc_prune.pruning.groups import Structure, find_groups
-from tdmpc_prune.pruning.importance import Tracker
-from tdmpc_prune.pruning.plan import Plan, make_plan
-from tdmpc_prune.pruning.schedule import Schedule, make_schedule
-from tdmpc_prune.pruning.surgery import commit, kept_units
 from tdmpc_prune.pruning.tracing import Computation
 
 
@@ -85,345 +76,47 @@ def agent_groups(config: GroupsConfig) -> Structure:
     return find_groups(agent_computation(model, copy.deepcopy(model), agent))
 
 
-@dataclass
-class Stage:
-    """Where a run stands in its pruning; JSON types."""
+def agent_course(config: TrainConfig, first: int, learner: Learner) -> Course:
+    """The course of pruning for a run.
 
-    phase: str = "gathering"  # then waiting → measured → cut → recovering → waiting, or → failed
-    gathered: int = 0  # updates whose gradients were gathered before the start
-    step: int = 0  # steps of the schedule taken
-    kept: int = 0  # cuts that were not undone
-    changes: int = 0  # cuts and undone cuts: two equal numbers, and it is the same agent
-    reference: float | None = None  # return of the dense agent
-    failed: float | None = None  # smallest sparsity that had to be undone
-    came_back: bool = False  # an episode of training has been as good as before the cut
-    record: dict[str, Any] = field(default_factory=dict)  # of the step in progress
+    Args:
+        config: of the run.
+        first: env steps at which the run starts.
+        learner: to be pruned; a new one is dense.
 
-
-class Compression:
-    """The pruning side of a run: decides what is due, and does it to the learner.
-
-    Each step is measured, cut, measured, trained for a while, and measured again; if its return has
-    not come back it is undone. `due` says what comes next, and every call of another method is one
-    small step after which the run may be saved: `state` is all that the rest depends on.
+    Raises:
+        UserError: the schedule does not fit the run, or there is no such plan.
     """
-
-    def __init__(self, config: TrainConfig, first: int, learner: Learner):
-        """Plan the run's pruning.
-
-        Args:
-            config: of the run.
-            first: env steps at which the run starts.
-            learner: to be pruned; a new one is dense.
-
-        Raises:
-            UserError: the schedule does not fit the run, or there is no such plan.
-        """
-        self.config = config.prune
-        self._agent = config.model
-        self._seed = config.seed
-        self._action_repeat = config.action_repeat or default_action_repeat(config.task)
-        self._given = Plan.load(Path(self.config.plan)) if self.config.plan else None
-        if self._given:
-            self.schedule = Schedule(first, first, 1, self._given.sparsity, self.config.shape)
-        else:
-            self.schedule = make_schedule(self.config, first, config.env_steps)
-        self._last = config.env_steps
-        self.stage = Stage(phase="gathering" if config.start_from else "waiting")
-        self._before_cut: dict[str, Tensor] = {}
-        self._tracker: Tracker | None = None
-        widths = learner.model.widths
-        dense = WorldModel(Widths.dense(self._agent.network, widths.observation, widths.action))
-        self.dense = {
+    widths, network = learner.model.widths, config.model.network
+    dense = WorldModel(Widths.dense(network, widths.observation, widths.action))
+    return Course(
+        config.prune,
+        learner,
+        lambda learner: agent_computation(learner.model, learner.target, config.model),
+        {
             name: sum(parameter.numel() for parameter in own)
             for name, own in component_parameters(dense).items()
-        }
-        self.dense_macs = planning_macs(dense, self._agent.planner)
-        self.attach(learner)
+        },
+        (first, config.env_steps),
+        "env_steps",
+        "return",
+        config.seed,
+        gather=bool(config.start_from),
+    )
 
-    def check(self) -> None:
-        """Refuse, before anything is done, what could not be carried out later.
 
-        Raises:
-            UserError: floors make the final sparsity unreachable, the plan does not fit, or a cut
-                is due before there is any gradient to rank by.
-        """
-        first_update = self._agent.learning.seed_decisions * self._action_repeat
-        if self.stage.phase == "waiting" and self.schedule.time_of(1) <= first_update:
-            raise UserError(
-                f"the first cut is due at {self.schedule.time_of(1):.0f} env steps, but nothing is "
-                f"learnt before {first_update} (model.learning.seed_decisions): raise prune.start "
-                f"or env_steps"
-            )
-        if self._given:
-            self._given.check(self.structure)
-        else:
-            self.plan(np.zeros(sum(self.structure.widths.values())), self.config.sparsity)
+def check(course: Course, config: TrainConfig) -> None:
+    """Refuse, before anything is done, a course that could not be carried out.
 
-    def attach(self, learner: Learner) -> None:
-        """Find the groups of a learner's networks, and track its gradients."""
-        self._learner = learner
-        self._computation = agent_computation(learner.model, learner.target, self._agent)
-        self.structure = find_groups(self._computation)
-        if self._tracker is None:
-            self._tracker = Tracker(self.structure, learner.model, self.config, self._seed)
-        learner.gradient_hooks.append(self._tracker)
-
-    # --- What the agent is now ----------------------------------------------------------------
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the dense agent's parameters that is gone."""
-        return 1 - sum(self.structure.parameters().values()) / sum(self.dense.values())
-
-    def size(self) -> dict[str, float]:
-        """The agent's size, for logs."""
-        return {
-            "sparsity": self.sparsity,
-            "parameters": sum(self.structure.parameters().values()),
-            "planning_macs": sum(self.structure.macs().values()),
-        }
-
-    def importance(self, env_steps: int) -> dict[str, dict[str, dict[str, float]]]:
-        """Mean importance per parameter of the units of each group and of each component.
-
-        Returns:
-            "groups" and "components" → metric → name → mean; coupling units count as a component
-            of their own. Empty before any update.
-        """
-        units = self._tracker.groups
-        homes: dict[str, list[slice]] = {}
-        for group in self.structure.groups:
-            homes.setdefault(group.home, []).append(units[group.name])
-        found: dict[str, dict[str, dict[str, float]]] = {}
-        for metric, values in self._densities(env_steps).items():
-            found.setdefault("groups", {})[metric] = {
-                name: float(values[own].mean()) for name, own in units.items()
-            }
-            found.setdefault("components", {})[metric] = {
-                home: float(np.concatenate([values[own] for own in parts]).mean())
-                for home, parts in homes.items()
-            }
-        return found
-
-    def rank_correlations(self, env_steps: int) -> dict[str, float]:
-        """Spearman's correlation of every two metrics over all units, by "one ~ other"."""
-        densities = self._densities(env_steps)
-        return {
-            f"{one} ~ {other}": float(spearmanr(densities[one], densities[other]).statistic)
-            for one, other in combinations(densities, 2)
-        }
-
-    def _densities(self, env_steps: int) -> dict[str, np.ndarray]:
-        if not self._tracker.has_evidence:
-            return {}
-        progress = self.schedule.progress(env_steps)
-        return {
-            metric: self._tracker.densities(metric, self._learner.model, progress)
-            for metric in self.config.tracked
-        }
-
-    def provenance(self) -> dict[str, Any]:
-        """What a pruned checkpoint says of its parent and of how it was made."""
-        return {
-            "method": self.config.method,
-            "cuts": self.stage.kept,
-            "dense_return": self.stage.reference,
-            "dense_parameters": sum(self.dense.values()),
-            "dense_planning_macs": self.dense_macs,
-        } | self.size()
-
-    # --- What is due --------------------------------------------------------------------------
-
-    def due(self, env_steps: int) -> str | None:
-        """What the run has to do now: gather, measure, cut, undo, or nothing (None)."""
-        stage = self.stage
-        if stage.phase == "gathering":
-            return "gather"
-        if stage.phase == "waiting":
-            next_step = stage.step + 1
-            left = next_step <= self.schedule.steps and self._tracker.has_evidence
-            return "measure" if left and env_steps >= self.schedule.time_of(next_step) else None
-        if stage.phase == "measured":
-            return "cut"
-        if stage.phase == "cut":
-            return "measure"
-        if stage.phase == "failed":
-            return "undo"
-        recovered = stage.record["recovery_env_steps"] is not None
-        over = env_steps >= stage.record["until"]
-        return "measure" if over or (stage.came_back and not recovered) else None
-
-    def gathered(self) -> None:
-        """The gradients of one more batch were seen."""
-        self.stage.gathered += 1
-        if self.stage.gathered >= self.config.gather_updates:
-            self.stage.phase = "waiting"
-
-    def episode_ended(self, episode_return: float) -> None:
-        """Take an episode of training as a hint that the return may be back."""
-        if self.stage.phase == "recovering":
-            back = _come_back(self.stage.record["before"]["mean"])
-            self.stage.came_back = self.stage.came_back or episode_return >= back
-
-    def measured(self, env_steps: int, values: dict[str, float]) -> tuple[str, dict[str, Any]]:
-        """Take in a measurement of the return.
-
-        Args:
-            env_steps: now.
-            values: mean, std and milliseconds per decision.
-
-        Returns:
-            What it was ("before", "after", "recovering", "recovered", "not recovered"), and the
-            step's record so far.
-        """
-        stage, record = self.stage, self.stage.record
-        if stage.phase == "waiting":
-            if stage.reference is None:
-                stage.reference = values["mean"]
-            stage.record = {"step": stage.step + 1, "before": values}
-            stage.phase = "measured"
-            return "before", stage.record
-        back = values["mean"] >= _come_back(record["before"]["mean"])
-        if stage.phase == "cut":
-            record |= {"after": values, "recovery_env_steps": 0 if back else None}
-            stage.phase = "recovering"
-            return "after", record
-        stage.came_back = False
-        if back and record["recovery_env_steps"] is None:
-            record["recovery_env_steps"] = env_steps - record["cut_at"]
-        if env_steps < record["until"]:
-            return "recovering", record
-        least = stage.reference - self.config.max_return_drop * abs(stage.reference)
-        trained = record["until"] > record["cut_at"]  # else there was no recovery to judge
-        record |= {"recovered": values, "least": least}
-        record["kept"] = values["mean"] >= least or not trained
-        stage.kept += record["kept"]
-        stage.phase = "waiting" if record["kept"] else "failed"
-        if record["kept"]:
-            self._before_cut = {}
-        return ("recovered" if record["kept"] else "not recovered"), record
-
-    # --- Cutting and undoing ------------------------------------------------------------------
-
-    def plan(self, densities: np.ndarray, sparsity: float, strict: bool = True) -> Plan:
-        """A plan for the agent as it is. Raises UserError: see `make_plan`."""
-        return make_plan(self.structure, densities, self.config, sparsity, self.dense, strict)
-
-    def next_plan(self, env_steps: int) -> Plan:
-        """The cut of the next step, as far as the limits allow; failures are halved towards."""
-        if self._given:
-            return self._given
-        target = self.schedule.sparsity_after(self.stage.step + 1)
-        if self.stage.failed is not None:
-            target = min(target, (self.sparsity + self.stage.failed) / 2)
-        return self.plan_at(self.schedule.progress(env_steps), target, strict=False)
-
-    def plan_at(self, progress: float, sparsity: float, strict: bool = True) -> Plan:
-        """A plan by the evidence so far, weighed as at `progress` of the schedule."""
-        densities = self._tracker.densities(self.config.method, self._learner.model, progress)
-        return self.plan(densities, sparsity, strict)
-
-    def cut(self, plan: Plan, env_steps: int) -> None:
-        """Carry out a plan on networks, targets, optimisers and tracker: all, or nothing.
-
-        Raises:
-            UserError, SurgeryError: see `commit`.
-        """
-        learner, stage = self._learner, self.stage
-        before = self._snapshot()
-        self.structure = commit(
-            plan, self.structure, self._computation, learner.optimisers.values()
+    Raises:
+        UserError: see `Course.check`; or a cut is due before there is any gradient to rank by.
+    """
+    repeat = config.action_repeat or default_action_repeat(config.task)
+    first_update = config.model.learning.seed_decisions * repeat
+    if course.stage.phase == "waiting" and course.schedule.time_of(1) <= first_update:
+        raise UserError(
+            f"the first cut is due at {course.schedule.time_of(1):.0f} env steps, but nothing is "
+            f"learnt before {first_update} (model.learning.seed_decisions): raise prune.start or "
+            f"env_steps"
         )
-        self._tracker.keep(kept_units(plan), self.structure, learner.model)
-        self._before_cut = before
-        stage.step += 1
-        stage.changes += 1
-        stage.came_back = False
-        stage.record |= {
-            "cut_at": env_steps,
-            "until": self.schedule.end_of(stage.step, env_steps, self._last),
-            "target": plan.sparsity,
-            "widths": plan.widths_after,
-        } | self.size()
-        stage.phase = "cut"
-
-    def skip(self) -> None:
-        """The next step has nothing to cut: an earlier one went far enough."""
-        self.stage.step += 1
-        self.stage.phase = "waiting"
-
-    def undo(self, learner: Learner) -> None:
-        """Take up `learner`, which was made from `before_cut`, in place of the present one."""
-        tracked = self._part("tracker")
-        self.attach(learner)
-        self._tracker.load_state(tracked, self.structure, learner.model)
-        self.stage.failed = self.stage.record["sparsity"]
-        self.stage.changes += 1
-        self.stage.phase = "waiting"
-        self._before_cut = {}
-
-    def before_cut(self) -> tuple[WorldModel, dict[str, Tensor]]:
-        """The model, and the state of its learner, as they were before the cut in progress."""
-        weights = self._part("model")
-        widths = Widths.of_weights(weights)
-        model = WorldModel(widths)
-        model.load_state_dict(weights)
-        return model.to(self._learner.device), self._part("learner")
-
-    def _snapshot(self) -> dict[str, Tensor]:
-        """Copies of networks, optimisers and tracker."""
-        learner = self._learner
-        parts = {
-            "model": learner.model.state_dict(),
-            "learner": learner.state(),
-            "tracker": self._tracker.state(),
-        }
-        return {
-            f"{part}/{name}": tensor.clone()
-            for part, tensors in parts.items()
-            for name, tensor in tensors.items()
-        }
-
-    def _part(self, part: str) -> dict[str, Tensor]:
-        """One part of the snapshot."""
-        prefix = f"{part}/"
-        return {
-            name.removeprefix(prefix): tensor
-            for name, tensor in self._before_cut.items()
-            if name.startswith(prefix)
-        }
-
-    # --- Saving -------------------------------------------------------------------------------
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Everything that the rest of the pruning depends on: JSON types, and tensors."""
-        tensors = {f"now/{name}": tensor for name, tensor in self._tracker.state().items()}
-        values = {"stage": vars(self.stage), "schedule": vars(self.schedule)}
-        values["given"] = asdict(self._given) if self._given else None
-        return values, tensors | self._before_cut
-
-    def load_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Go on from what `state` returned; the learner of that time is attached.
-
-        Raises:
-            UserError: the run would now end before its schedule.
-        """
-        self.stage = Stage(**values["stage"])
-        self.schedule = Schedule(**values["schedule"])
-        self._given = Plan.of(values["given"]) if values["given"] else None
-        if self.schedule.end > self._last:
-            raise UserError(
-                f"env_steps={self._last} would end the run before its pruning schedule, which "
-                f"goes on to {self.schedule.end:.0f}"
-            )
-        if "until" in self.stage.record:
-            self.stage.record["until"] = min(self.stage.record["until"], self._last)
-        now = {n.removeprefix("now/"): t for n, t in tensors.items() if n.startswith("now/")}
-        self._tracker.load_state(now, self.structure, self._learner.model)
-        self._before_cut = {n: t for n, t in tensors.items() if not n.startswith("now/")}
-
-
-def _come_back(before: float) -> float:
-    """The return that counts as recovered: 95 % of the one before the cut."""
-    return before - 0.05 * abs(before)
+    course.check()

@@ -105,7 +105,7 @@ def agent_size(model: WorldModel, config: AgentConfig) -> dict[str, float]:
     return {
         "sparsity": 1 - parameters / dense_parameters,
         "parameters": parameters,
-        "planning_macs": planning_macs(model, config.planner),
+        "macs": planning_macs(model, config.planner),
     }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tdmpc_prune import pruning_steps, runs
 from tdmpc_prune.checkpoint import load_agent
+from tdmpc_prune.compression import check
 from tdmpc_prune.config import PruneCheckpointConfig, TrainConfig
 from tdmpc_prune.errors import RunError
 from tdmpc_prune.pruning.plan import Plan
@@ -44,8 +45,8 @@ def explain(config: PruneCheckpointConfig) -> Plan:
         RunError: the file cannot be written.
     """
     trainer = Trainer(training_config(config), Path(config.run_dir or "."))
-    trainer.compression.check()
-    plan = pruning_steps.plan_one_cut(trainer)
+    check(trainer.course, trainer.config)
+    plan = pruning_steps.plan_one_cut(trainer, trainer.config.env_steps)
     try:
         plan.save(Path(config.explain))
     except OSError as error:

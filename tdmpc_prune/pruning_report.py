@@ -11,6 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from tdmpc_prune.checkpoint import read_run
+from tdmpc_prune.pruning.course import Course
 
 
 def read_history(run_dir: Path, *kinds: str) -> list[dict[str, Any]]:
@@ -20,29 +21,33 @@ def read_history(run_dir: Path, *kinds: str) -> list[dict[str, Any]]:
     return [entry for entry in map(json.loads, lines) if entry["kind"] in kinds]
 
 
-def save(run_dir: Path) -> list[Path]:
+def save(run_dir: Path, course: Course) -> list[Path]:
     """Draw `course.png` and `importance.png` into the run's folder."""
     paths = [run_dir / "course.png", run_dir / "importance.png"]
-    for path, draw in zip(paths, (course, importance), strict=True):
-        draw(run_dir).savefig(path, dpi=120)
+    for path, draw in zip(paths, (draw_course, draw_importance), strict=True):
+        draw(run_dir, course.unit, course.score).savefig(path, dpi=120)
     return paths
 
 
-def sentence(record: dict[str, Any], steps: int) -> str:
+def sentence(record: dict[str, Any], course: Course) -> str:
     """A finished pruning step in words."""
-    recovery = record["recovery_env_steps"]
-    took = "not back at 95 %" if recovery is None else f"95 % back after {recovery} env steps"
-    outcome = "kept" if record["kept"] else f"UNDONE: below {record['least']:.0f}"
+    recovery, unit = record["recovery"], _words(course.unit)
+    took = "not back at 95 %" if recovery is None else f"95 % back after {recovery} {unit}"
+    outcome = "kept" if record["kept"] else f"UNDONE: below {record['least']:.4g}"
     return (
-        f"cut {record['step']} of {steps} at {record['cut_at']} env steps: sparsity "
-        f"{record['sparsity']:.3f} ({record['parameters']} parameters), return "
-        f"{record['before']['mean']:.0f} before, {record['after']['mean']:.0f} right after, "
-        f"{record['recovered']['mean']:.0f} recovered ({took}); {outcome}"
+        f"cut {record['step']} of {course.schedule.steps} at {record['cut_at']} {unit}: sparsity "
+        f"{record['sparsity']:.3f} ({record['parameters']} parameters), {course.score} "
+        f"{record['before']['mean']:.4g} before, {record['after']['mean']:.4g} right after, "
+        f"{record['recovered']['mean']:.4g} recovered ({took}); {outcome}"
     )
 
 
-def course(run_dir: Path) -> Figure:
-    """Return, sparsity and milliseconds per decision against env steps, each cut marked."""
+def _words(unit: str) -> str:
+    return unit.replace("_", " ")
+
+
+def draw_course(run_dir: Path, unit: str, score: str) -> Figure:
+    """Score, sparsity, and milliseconds per decision or MACs against time, each cut marked."""
     settings = read_run(run_dir)
     evaluations = read_history(run_dir, "evaluation", "tracking")
     tracked = read_history(run_dir, "tracking")
@@ -52,14 +57,14 @@ def course(run_dir: Path) -> Figure:
     figure = Figure(figsize=(8, 6), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
     points = [
-        (e["env_steps"], e.get("mean_return", e.get("mean")), e.get("std_return", e.get("std")))
+        (e[unit], e.get("mean_return", e.get("mean")), e.get("std_return", e.get("std")))
         for e in evaluations
     ]
     x, mean, std = np.array(points or [(0, np.nan, 0)], float).T
     top.errorbar(x, mean, std, color="C0", marker="o", markersize=3, linewidth=1, elinewidth=0.5)
     after = [t for t in tracked if t["moment"] == "after"]
     top.plot(
-        [t["env_steps"] for t in after],
+        [t[unit] for t in after],
         [t["mean"] for t in after],
         "v",
         color="C3",
@@ -68,36 +73,39 @@ def course(run_dir: Path) -> Figure:
     if tracked:
         reference = tracked[0]["mean"]
         top.axhline(reference, color="0.5", linewidth=0.8, linestyle=":", label="dense reference")
-    top.set_ylabel("evaluation return")
+    top.set_ylabel(f"evaluation {score}")
     top.set_ylim(bottom=min(0, top.get_ylim()[0]))
     top.set_title(
-        f"{settings['task']}, {settings['prune']['method']}, seed {settings['seed']}", fontsize=10
+        f"{settings.get('task', 'autoencoder')}, {settings['prune']['method']}, "
+        f"seed {settings['seed']}",
+        fontsize=10,
     )
 
-    sizes = [(0, 0.0, None)] if not settings["start_from"] else []
+    timed = any("decision_ms" in t for t in tracked)
+    sizes = [(0, 0.0, None)] if not settings.get("start_from") else []
     sizes += [
-        (t["env_steps"], t["sparsity"], t.get("decision_ms"))
+        (t[unit], t["sparsity"], t.get("decision_ms") if timed else t["macs"])
         for t in read_history(run_dir, "tracking", "undone")
     ]
-    sizes += [(evaluations[-1]["env_steps"], sizes[-1][1], None)] if sizes and evaluations else []
+    sizes += [(evaluations[-1][unit], sizes[-1][1], None)] if sizes and evaluations else []
     middle.step([s[0] for s in sizes], [s[1] for s in sizes], where="post", color="C1")
     middle.set_ylabel("sparsity")
     middle.set_ylim(0, 1)
-    timed = [(s[0], s[2]) for s in sizes if s[2] is not None]
-    bottom.plot([t[0] for t in timed], [t[1] for t in timed], color="C2", marker=".")
-    bottom.set_ylabel("ms per decision")
+    costs = [(s[0], s[2]) for s in sizes if s[2] is not None]
+    bottom.plot([c[0] for c in costs], [c[1] for c in costs], color="C2", marker=".")
+    bottom.set_ylabel("ms per decision" if timed else "MACs")
     bottom.set_ylim(bottom=0)
-    bottom.set_xlabel("env steps (simulator steps)")
+    bottom.set_xlabel(_words(unit))
     for axis in (top, middle, bottom):
         axis.grid(alpha=0.3)
         for cut in cuts:
             colour = "C3" if cut["step"] in undone else "0.6"
-            axis.axvline(cut["env_steps"], color=colour, linewidth=0.8, linestyle="--")
+            axis.axvline(cut[unit], color=colour, linewidth=0.8, linestyle="--")
     for cut in cuts:
         label = f"{cut['step']}{' undone' if cut['step'] in undone else ''}"
         top.annotate(
             label,
-            (cut["env_steps"], 0),
+            (cut[unit], 0),
             xytext=(2, 4),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
@@ -108,15 +116,15 @@ def course(run_dir: Path) -> Figure:
     return figure
 
 
-def importance(run_dir: Path) -> Figure:
-    """Heat maps, one per metric: mean importance per parameter of each group against env steps."""
+def draw_importance(run_dir: Path, unit: str, score: str) -> Figure:
+    """Heat maps, one per metric: mean importance per parameter of each group against time."""
     records = read_history(run_dir, "importance")
     metrics = list(records[0]["groups"]) if records else []
     height = 0.6 + 2.4 * max(1, len(metrics))
     figure = Figure(figsize=(9, height))
     figure.subplots_adjust(0.2, 0.5 / height, 1.0, 1 - 0.3 / height, hspace=0.25)
     axes = np.atleast_1d(figure.subplots(max(1, len(metrics)), 1, sharex=True))
-    times = [record["env_steps"] for record in records]
+    times = [record[unit] for record in records]
     for axis, metric in zip(axes, metrics, strict=False):
         groups = list(records[0]["groups"][metric])
         values = np.array(
@@ -133,5 +141,5 @@ def importance(run_dir: Path) -> Figure:
         axis.set_title(f"{metric}: importance per parameter", fontsize=9)
         axis.invert_yaxis()
         figure.colorbar(image, ax=axis)
-    axes[-1].set_xlabel("env steps (simulator steps)")
+    axes[-1].set_xlabel(_words(unit))
     return figure

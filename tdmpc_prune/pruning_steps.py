@@ -1,49 +1,76 @@
-"""What a training run does when its pruning is due: one function for each small step.
+"""What a run does when its pruning is due: one function for each small step.
 
-`Compression` decides what is due and does it to the networks; here is what surrounds it in a run:
-evaluations, history, TensorBoard, plans on file, checkpoints.
+`Course` decides what is due and does it to the networks; here is what surrounds it in a run:
+measurements, history, TensorBoard, plans on file, checkpoints. The same for every kind of run.
 """
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from tdmpc_prune import pruning_report
-from tdmpc_prune.checkpoint import save_agent
 from tdmpc_prune.errors import RunError
-from tdmpc_prune.evaluation import median_decision_milliseconds
+from tdmpc_prune.pruning.course import Course, Learner
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.surgery import SurgeryError
 from tdmpc_prune.run_log import RunLog
 
-if TYPE_CHECKING:
-    from tdmpc_prune.training import Trainer
+
+class Run(Protocol):
+    """A run that can be pruned."""
+
+    run_dir: Path
+    log: RunLog
+    course: Course
+
+    @property
+    def now(self) -> int:
+        """The time, in the course's unit."""
+
+    def step(self) -> bool:
+        """Do the next small thing; False at the end."""
+
+    def gather(self) -> None:
+        """Show the gradients of a batch to the learner's hooks; nothing is learned from it."""
+
+    def measure(self) -> tuple[dict[str, float], dict[str, Any]] | None:
+        """Mean and std of the score and what else is to be shown; and more for the history.
+
+        None if a signal came meanwhile.
+        """
+
+    def take_back(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> Learner:
+        """Go on with a learner of these weights and this state."""
+
+    def keep(self, folder: Path) -> None:
+        """Save the networks as they are, without what is needed to go on, unless it was done."""
+
+    def save(self) -> Path:
+        """Save everything that the rest of the run depends on."""
 
 
-def gather(trainer: Trainer) -> None:
-    """Show the tracker the gradients of a batch; nothing is learned from it."""
-    batch, _ = trainer.replay.sample(
-        trainer.config.model.learning.batch, trainer.rng, trainer.device
-    )
-    trainer.learner.update(batch, trainer.generator, learn=False)
-    trainer.compression.gathered()
-    trainer.log.progress(doing=f"gathering gradients ({trainer.compression.stage.gathered})")
+def gather(run: Run) -> None:
+    """Show the tracker the gradients of a batch."""
+    run.gather()
+    run.course.gathered()
+    run.log.progress(doing=f"gathering gradients ({run.course.stage.gathered})")
 
 
-def plan_one_cut(trainer: Trainer) -> Plan:
+def plan_one_cut(run: Run, length: int) -> Plan:
     """The plan of one cut to the final sparsity, without changing anything saved.
 
     Plays and gathers what the importance needs.
     """
-    env_steps = trainer.progress.env_steps
     with tempfile.TemporaryDirectory() as folder:
-        trainer.log = RunLog(Path(folder), env_steps, trainer.config.env_steps, 0)
-        while trainer.compression.due(env_steps) == "gather":
-            trainer.step()
-        trainer.log.close()
-    return trainer.compression.plan_at(1.0, trainer.config.prune.sparsity)
+        run.log = RunLog(Path(folder), run.now, length, 0, run.course.unit)
+        while run.course.due(run.now) == "gather":
+            run.step()
+        run.log.close()
+    return run.course.plan_at(1.0, run.course.config.sparsity)
 
 
 def parent_dir(run_dir: Path) -> Path:
@@ -51,93 +78,68 @@ def parent_dir(run_dir: Path) -> Path:
     return run_dir / "agents" / "dense"
 
 
-def measure(trainer: Trainer) -> None:
-    """The control return before a cut, right after it, and while it recovers."""
-    config = trainer.config
-    evaluation = trainer.evaluation(min(config.prune.eval_episodes, config.eval_episodes))
-    if evaluation is None:
+def measure(run: Run) -> None:
+    """The score before a cut, right after it, and while it recovers."""
+    found = run.measure()
+    if found is None:
         return
-    if not trainer.compression.stage.changes:
-        _keep(trainer, parent_dir(trainer.run_dir))
-    compression, env_steps = trainer.compression, trainer.progress.env_steps
-    speed = median_decision_milliseconds(trainer.model, trainer.config.model)
-    measured = {"mean": evaluation.mean, "std": evaluation.std, "decision_ms": speed}
-    moment, record = compression.measured(env_steps, measured)
-    size = compression.size()
-    trainer.log.record(
-        "tracking",
-        env_steps,
-        moment=moment,
-        step=record["step"],
-        **measured,
-        returns=evaluation.returns,
-        **size,
-    )
-    trainer.log.scalars(env_steps, {"pruning/return": evaluation.mean})
-    trainer.log.agent(env_steps, size, speed)
-    trainer.log.progress(evaluation=f"{evaluation.mean:.0f}")
+    course, now = run.course, run.now
+    if not course.stage.changes:
+        run.keep(parent_dir(run.run_dir))
+    measured, more = found
+    moment, record = course.measured(now, measured)
+    size = course.size()
+    run.log.record("tracking", now, moment=moment, step=record["step"], **measured, **more, **size)
+    run.log.scalars(now, {f"pruning/{course.score}": measured["mean"]})
+    run.log.networks(now, size, measured.get("decision_ms"))
+    run.log.progress(evaluation=f"{measured['mean']:.4g}")
     if moment in ("recovered", "not recovered"):
-        trainer.log.record("pruning step", env_steps, **record)
-        trainer.log.say(pruning_report.sentence(record, compression.schedule.steps))
-    trainer.progress.history = trainer.log.history
+        run.log.record("pruning step", now, **record)
+        run.log.say(pruning_report.sentence(record, course))
     if moment == "recovered":
-        _keep(trainer, trainer.run_dir / "agents" / f"step-{record['step']}")
-        trainer.save()
+        run.keep(run.run_dir / "agents" / f"step-{record['step']}")
+        run.save()
 
 
-def _keep(trainer: Trainer, folder: Path) -> None:
-    """Save the agent as it is, unless the run did so before it was cut off."""
-    if not folder.exists():
-        save_agent(folder, trainer.agent())
-
-
-def cut(trainer: Trainer) -> None:
+def cut(run: Run) -> None:
     """Plan a cut, write the plan down, and carry it out."""
-    compression, env_steps = trainer.compression, trainer.progress.env_steps
-    plan = compression.next_plan(env_steps)
+    course, now = run.course, run.now
+    plan = course.next_plan(now)
     if not plan.removed:
-        compression.skip()
+        course.skip()
         return
-    step = compression.stage.step + 1
-    folder = trainer.run_dir / "plans"
+    step = course.stage.step + 1
+    folder = run.run_dir / "plans"
     folder.mkdir(exist_ok=True)
     plan.save(folder / f"step-{step}.json")
     (folder / f"step-{step}.md").write_text(plan.explain() + "\n")
     try:
-        compression.cut(plan, env_steps)
+        course.cut(plan, now)
     except SurgeryError as error:
         raise RunError(f"cut {step} was undone and the run stopped: {error}") from error
-    trainer.log.record("cut", env_steps, step=step, target=plan.sparsity, **compression.size())
-    trainer.progress.history = trainer.log.history
+    run.log.record("cut", now, step=step, target=plan.sparsity, **course.size())
 
 
-def undo(trainer: Trainer) -> None:
+def undo(run: Run) -> None:
     """Go back to the networks, optimisers and tracker before a cut that did not recover."""
-    model, state = trainer.compression.before_cut()
-    trainer.take_learner(model, state, trainer.learner.updates)
-    compression, env_steps = trainer.compression, trainer.progress.env_steps
-    compression.undo(trainer.learner)
-    size = compression.size()
-    trainer.log.record("undone", env_steps, step=compression.stage.record["step"], **size)
-    trainer.progress.history = trainer.log.history
-    trainer.log.agent(env_steps, size, None)
-    trainer.save()
+    course, now = run.course, run.now
+    course.undo(run.take_back(*course.before_cut()))
+    size = course.size()
+    run.log.record("undone", now, step=course.stage.record["step"], **size)
+    run.log.networks(now, size, None)
+    run.save()
 
 
-def log_importance(trainer: Trainer) -> None:
-    """Importance by group, and how alike the metrics rank the units; five times an evaluation."""
-    progress, compression = trainer.progress, trainer.compression
-    if progress.env_steps < progress.next_importance:
-        return
-    importance = compression.importance(progress.env_steps)
+def log_importance(run: Run) -> None:
+    """Importance by group and component, and how alike the metrics rank the units."""
+    course, now = run.course, run.now
+    importance = course.importance(now)
     if not importance:
         return
-    progress.next_importance = progress.env_steps + trainer.config.eval_every // 5
-    correlations = compression.rank_correlations(progress.env_steps)
-    trainer.log.record("importance", progress.env_steps, **importance, correlations=correlations)
-    progress.history = trainer.log.history
-    trainer.log.scalars(
-        progress.env_steps,
+    correlations = course.rank_correlations(now)
+    run.log.record("importance", now, **importance, correlations=correlations)
+    run.log.scalars(
+        now,
         {
             f"importance by {kind[:-1]}/{metric}/{name}": value
             for kind, metrics in importance.items()
@@ -148,7 +150,7 @@ def log_importance(trainer: Trainer) -> None:
     )
 
 
-def show(trainer: Trainer) -> None:
+def show(run: Run) -> None:
     """The pictures of a finished pruning run."""
-    for path in pruning_report.save(trainer.run_dir):
-        trainer.log.picture(f"pruning/{path.stem}", path, trainer.progress.env_steps)
+    for path in pruning_report.save(run.run_dir, run.course):
+        run.log.picture(f"pruning/{path.stem}", path, run.now)

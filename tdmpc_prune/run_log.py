@@ -1,6 +1,6 @@
 """What a run tells while it goes on: a progress bar, TensorBoard, and `history.jsonl`.
 
-The horizontal axis is env steps (simulator steps) everywhere.
+The horizontal axis is the run's own unit of time: env steps (simulator steps) for an agent.
 """
 
 from __future__ import annotations
@@ -20,21 +20,7 @@ from tqdm import tqdm
 from tdmpc_prune.config import by_dotted_name
 
 _SECONDS_BETWEEN_REFRESHES = 0.5
-_OUTCOMES = (
-    "evaluation/return",
-    "agent/sparsity",
-    "agent/parameters",
-    "agent/milliseconds per decision",
-)
-# TensorBoard's "custom scalars" page: one chart each for all runs, against env steps.
-_LAYOUT = {
-    "Dense and pruned": {
-        "return": ["Multiline", ["evaluation/return"]],
-        "sparsity": ["Multiline", ["agent/sparsity"]],
-        "milliseconds per decision": ["Multiline", ["agent/milliseconds per decision"]],
-        "return around the cuts": ["Multiline", ["pruning/return"]],
-    }
-}
+_OUTCOMES = ("networks/sparsity", "networks/parameters", "networks/milliseconds per decision")
 
 
 @dataclass
@@ -59,16 +45,18 @@ class Averages:
 class RunLog:
     """Writes into a run's folder. `history` is the number of lines that are in the history."""
 
-    def __init__(self, run_dir: Path, env_steps: int, total_env_steps: int, history: int):
+    def __init__(self, run_dir: Path, now: int, end: int, history: int, unit: str = "env_steps"):
         """Open the logs of a run.
 
         Args:
             run_dir: its folder.
-            env_steps: where the run stands; later events of a run that was cut off are hidden.
-            total_env_steps: where it ends.
+            now: where the run stands; later events of a run that was cut off are hidden.
+            end: where it ends.
             history: lines of the history to keep; what a run that was cut off wrote beyond them
                 will be written again.
+            unit: what the time is called in the history.
         """
+        self._unit = unit
         self._history_path = run_dir / "history.jsonl"
         self.history = history
         if self._history_path.exists():
@@ -76,45 +64,60 @@ class RunLog:
             part = run_dir / ".history.jsonl.part"
             part.write_text("".join(kept))
             os.replace(part, self._history_path)
-        self._writer = SummaryWriter(str(run_dir), purge_step=env_steps + 1)
+        self._writer = SummaryWriter(str(run_dir), purge_step=now + 1)
         self._bar = tqdm(
-            total=total_env_steps, initial=env_steps, unit="env step", dynamic_ncols=True
+            total=end,
+            initial=now,
+            unit=unit.replace("_", " ").removesuffix("s"),
+            dynamic_ncols=True,
         )
         self._shown: dict[str, str] = {}
         self._refreshed = 0.0
 
-    def hyperparameters(self, settings: dict[str, Any]) -> None:
-        """Fill TensorBoard's hyperparameter tab, and lay out its page that compares runs."""
-        for summary in hparams(_shown(settings), dict.fromkeys(_OUTCOMES, 0.0)):
-            self._writer.file_writer.add_summary(summary)
-        self._writer.add_custom_scalars(_LAYOUT)
+    def hyperparameters(self, settings: dict[str, Any], score: str) -> None:
+        """Fill TensorBoard's hyperparameter tab, and lay out its page that compares runs.
 
-    def record(self, kind: str, env_steps: int, **values: Any) -> None:
+        Args:
+            settings: of the run.
+            score: what is measured: "return", "PSNR".
+        """
+        outcomes = [f"evaluation/{score}", *_OUTCOMES]
+        for summary in hparams(_shown(settings), dict.fromkeys(outcomes, 0.0)):
+            self._writer.file_writer.add_summary(summary)
+        # The "custom scalars" page: one chart each for all runs, against time.
+        charts = {
+            score: f"evaluation/{score}",
+            "sparsity": "networks/sparsity",
+            "milliseconds per decision": "networks/milliseconds per decision",
+            f"{score} around the cuts": f"pruning/{score}",
+        }
+        layout = {title: ["Multiline", [tag]] for title, tag in charts.items()}
+        self._writer.add_custom_scalars({"Dense and pruned": layout})
+
+    def record(self, kind: str, now: int, **values: Any) -> None:
         """Add a line to the history."""
-        line = json.dumps({"kind": kind, "env_steps": env_steps} | values)
+        line = json.dumps({"kind": kind, self._unit: now} | values)
         with self._history_path.open("a") as history:
             history.write(line + "\n")
         self.history += 1
 
-    def scalars(self, env_steps: int, values: dict[str, float]) -> None:
+    def scalars(self, now: int, values: dict[str, float]) -> None:
         """Add scalars to TensorBoard."""
         for name, value in values.items():
-            self._writer.add_scalar(name, value, env_steps)
+            self._writer.add_scalar(name, value, now)
 
-    def agent(self, env_steps: int, size: dict[str, float], milliseconds: float | None) -> None:
-        """Add what the agent is now to TensorBoard: its size, and its time per decision."""
-        names = {"sparsity": "sparsity", "parameters": "parameters"}
-        names["planning_macs"] = "planning MACs"
-        scalars = {f"agent/{shown}": size[name] for name, shown in names.items()}
+    def networks(self, now: int, size: dict[str, float], milliseconds: float | None) -> None:
+        """Add what the networks are now to TensorBoard: size, and an agent's time per decision."""
+        scalars = {f"networks/{name}": value for name, value in size.items()}
         if milliseconds is not None:
-            scalars["agent/milliseconds per decision"] = milliseconds
-        self.scalars(env_steps, scalars)
+            scalars["networks/milliseconds per decision"] = milliseconds
+        self.scalars(now, scalars)
 
-    def progress(self, env_steps: int | None = None, **shown: str) -> None:
-        """Move the progress bar to `env_steps`, and show `shown` beside what it shows already."""
+    def progress(self, now: int | None = None, **shown: str) -> None:
+        """Move the progress bar to `now`, and show `shown` beside what it shows already."""
         self._shown |= shown
-        if env_steps is not None:
-            self._bar.n = env_steps
+        if now is not None:
+            self._bar.n = now
         if time.monotonic() - self._refreshed > _SECONDS_BETWEEN_REFRESHES:
             self._refreshed = time.monotonic()
             text = ", ".join(f"{name} {value}" for name, value in self._shown.items())
@@ -124,9 +127,9 @@ class RunLog:
         """Print a line above the progress bar."""
         self._bar.write(sentence)
 
-    def picture(self, name: str, path: Path, env_steps: int) -> None:
+    def picture(self, name: str, path: Path, now: int) -> None:
         """Add a picture file to TensorBoard."""
-        self._writer.add_image(name, imread(path), env_steps, dataformats="HWC")
+        self._writer.add_image(name, imread(path), now, dataformats="HWC")
 
     def close(self) -> None:
         """Finish the files."""

@@ -14,6 +14,7 @@ from tdmpc_prune.checkpoint import (
     read_run,
     save_agent,
 )
+from tdmpc_prune.compression import check
 from tdmpc_prune.config import TrainConfig, from_plain, to_plain
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning_steps import parent_dir
@@ -39,8 +40,8 @@ def start(config: TrainConfig, command: list[str]) -> Trainer:
     """
     run_dir = Path(config.run_dir) if config.run_dir else default_run_dir(config)
     trainer = Trainer(config, run_dir)
-    if trainer.compression:
-        trainer.compression.check()
+    if trainer.course:
+        check(trainer.course, config)
     create_run(run_dir, to_plain(config), command)
     return _begun(trainer)
 
@@ -92,12 +93,11 @@ def finish(trainer: Trainer) -> None:
         print(stopped, file=sys.stderr)
         raise SystemExit(128 + stopped.signal_number) from stopped
     pruned = ""
-    if trainer.compression:
-        size, dense = trainer.compression.size(), sum(trainer.compression.dense.values())
+    if trainer.course:
+        size, dense = trainer.course.size(), sum(trainer.course.dense.values())
         pruned = (
-            f"{size['parameters']} of {dense} parameters are left (sparsity "
-            f"{size['sparsity']:.3f}), and {size['planning_macs']:,} of "
-            f"{trainer.compression.dense_macs:,} planning MACs per decision\n"
+            f"{size['parameters']:,} of {dense:,} parameters are left (sparsity "
+            f"{size['sparsity']:.3f}), and {size['macs']:,} MACs per decision\n"
             f"what each cut did   {trainer.run_dir / 'course.png'}\n"
         )
     print(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from envs import make_env
 from envs.tasks import default_action_repeat
@@ -29,9 +30,10 @@ from tdmpc_prune.checkpoint import (
     checkpoint_dir,
     load_agent,
     load_training,
+    save_agent,
     save_checkpoint,
 )
-from tdmpc_prune.compression import Compression
+from tdmpc_prune.compression import agent_course
 from tdmpc_prune.config import TrainConfig, to_plain
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.evaluation import (
@@ -40,6 +42,7 @@ from tdmpc_prune.evaluation import (
     evaluate,
     median_decision_milliseconds,
 )
+from tdmpc_prune.pruning.course import Course
 from tdmpc_prune.run_log import Averages, RunLog
 from tdmpc_prune.runtime import choose_device, set_threads
 from tdmpc_prune.signals import Stopped, StopRequest
@@ -111,9 +114,9 @@ class Trainer:
         self._evaluated: list[int] | None = None  # updates and cuts of the agent that it is of
         if config.start_from:
             self._take_over(checkpoint_dir(config.start_from))
-        self.compression: Compression | None = None
+        self.course: Course | None = None  # of the pruning
         if config.prune.method != "none":
-            self.compression = Compression(config, self.progress.env_steps, self.learner)
+            self.course = agent_course(config, self.progress.env_steps, self.learner)
         self._stop_request = StopRequest()
         self._averages = Averages()
         self.log: RunLog | None = None
@@ -132,13 +135,13 @@ class Trainer:
         self.log = RunLog(
             self.run_dir, self.progress.env_steps, self.config.env_steps, self.progress.history
         )
-        self.log.hyperparameters(to_plain(self.config))
+        self.log.hyperparameters(to_plain(self.config), "return")
         try:
             with self._stop_request:
                 while self.step():
                     if self._stop_request:
                         self._stop()
-            if self.compression:
+            if self.course:
                 pruning_steps.show(self)
         except OSError as error:
             raise RunError(
@@ -154,7 +157,7 @@ class Trainer:
         """The next small step of the run; False once it has reached its end."""
         progress = self.progress
         seeded = progress.decisions >= self.config.model.learning.seed_decisions
-        due = self.compression.due(progress.env_steps) if self.compression else None
+        due = self.course.due(progress.env_steps) if self.course else None
         if self.episode or (due == "gather" and progress.episodes_to_gather):
             self._decide()
         elif due == "gather":
@@ -258,7 +261,6 @@ class Trainer:
             length=env_steps,
             terminated=bool(terminated),
         )
-        progress.history = self.log.history
         scalars = {"training/return": episode_return, "training/decisions": progress.decisions}
         if episode.planned:
             decisions = progress.decisions
@@ -267,9 +269,11 @@ class Trainer:
             scalars["planner/smallest std"] = planner.min_std_at(decisions)
         self.log.scalars(progress.env_steps, scalars | self._averages.take())
         self.log.progress(progress.env_steps, **{"return": f"{episode_return:.0f}"})
-        if self.compression:
-            self.compression.episode_ended(episode_return)
-            pruning_steps.log_importance(self)
+        if self.course:
+            self.course.hint(episode_return)
+            if progress.env_steps >= progress.next_importance:  # five times an evaluation
+                progress.next_importance = progress.env_steps + self.config.eval_every // 5
+                pruning_steps.log_importance(self)
 
     def _update(self) -> None:
         """One update from the replay buffer."""
@@ -322,12 +326,11 @@ class Trainer:
             decision_ms=speed,
             **size,
         )
-        progress.history = self.log.history
         self.log.scalars(
             progress.env_steps,
             {"evaluation/return": evaluation.mean, "evaluation/std of return": evaluation.std},
         )
-        self.log.agent(progress.env_steps, size, speed)
+        self.log.networks(progress.env_steps, size, speed)
         self.log.progress(evaluation=f"{evaluation.mean:.0f}")
         self.save()
 
@@ -336,7 +339,7 @@ class Trainer:
 
         None if a signal comes meanwhile.
         """
-        agent = [self.learner.updates, self.compression.stage.changes if self.compression else 0]
+        agent = [self.learner.updates, self.course.stage.changes if self.course else 0]
         if self._evaluated == agent and len(self.last_evaluation.returns) >= episodes:
             return self.last_evaluation.first(episodes)
         self.log.progress(doing="evaluating")
@@ -354,6 +357,37 @@ class Trainer:
             self.last_evaluation, self._evaluated = evaluation, agent
             self.log.progress(doing="training")
         return evaluation
+
+    # --- For its pruning, see `pruning_steps.Run` --------------------------------------------
+
+    @property
+    def now(self) -> int:
+        return self.progress.env_steps
+
+    def gather(self) -> None:
+        batch, _ = self.replay.sample(self.config.model.learning.batch, self.rng, self.device)
+        self.learner.update(batch, self.generator, learn=False)
+
+    def measure(self) -> tuple[dict[str, float], dict[str, Any]] | None:
+        config = self.config
+        evaluation = self.evaluation(min(config.prune.eval_episodes, config.eval_episodes))
+        if evaluation is None:
+            return None
+        speed = median_decision_milliseconds(self.model, config.model)
+        shown = {"mean": evaluation.mean, "std": evaluation.std, "decision_ms": speed}
+        return shown, {"returns": evaluation.returns}
+
+    def take_back(
+        self, weights: dict[str, torch.Tensor], state: dict[str, torch.Tensor]
+    ) -> Learner:
+        model = WorldModel(Widths.of_weights(weights))
+        model.load_state_dict(weights)
+        self.take_learner(model, state, self.learner.updates)
+        return self.learner
+
+    def keep(self, folder: Path) -> None:
+        if not folder.exists():
+            save_agent(folder, self.agent())
 
     # --- Saving and going on ---------------------------------------------------------------
 
@@ -374,7 +408,7 @@ class Trainer:
                 "returns": evaluation.returns if evaluation else None,
                 "commands": self.commands,
             }
-            | ({"pruning": self.compression.provenance()} if self.compression else {}),
+            | ({"pruning": self.course.provenance()} if self.course else {}),
             parent=parent if parent.exists() else None,
         )
 
@@ -382,6 +416,8 @@ class Trainer:
         """Save everything that the rest of the run depends on."""
         progress, episode = self.progress, self.episode
         evaluation = self.last_evaluation
+        if self.log:
+            progress.history = self.log.history
         training = {
             "progress": vars(progress),
             "updates": self.learner.updates,
@@ -402,8 +438,8 @@ class Trainer:
             tensors["episode.observations"] = np.stack(episode.observations)
             tensors["episode.actions"] = np.reshape(episode.actions, (-1, self.action_width))
         files = {"training": tensors, "replay": self.replay.state()}
-        if self.compression:
-            training["pruning"], files["pruning"] = self.compression.state()
+        if self.course:
+            training["pruning"], files["pruning"] = self.course.state()
         return save_checkpoint(self.run_dir, self.agent(), training, files)
 
     def load(self, folder: Path) -> None:
@@ -422,9 +458,9 @@ class Trainer:
         tensors = files["training"]
         self.commands = agent.provenance.get("commands", [])
         self.take_learner(agent.model, tensors, training["updates"])
-        if self.compression:
-            self.compression.attach(self.learner)
-            self.compression.load_state(training["pruning"], files["pruning"])
+        if self.course:
+            self.course.attach(self.learner)
+            self.course.load_state(training["pruning"], files["pruning"])
         self.replay.load_state({name: array.numpy() for name, array in files["replay"].items()})
         self.progress = Progress(**training["progress"])
         self.rng.bit_generator.state = training["rng"]

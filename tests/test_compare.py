@@ -29,8 +29,8 @@ def tracking(env_steps, moment, returns, **size):
 
 
 DENSE = {"sparsity": 0.0, "parameters": 1000, "planning_macs": 9000, "decision_ms": 8.0}
-HALF = {"sparsity": 0.5, "parameters": 500, "planning_macs": 5000, "decision_ms": 6.0}
-TENTH = {"sparsity": 0.9, "parameters": 100, "planning_macs": 900, "decision_ms": 2.0}
+HALF = {"sparsity": 0.5, "parameters": 500, "macs": 5000, "decision_ms": 6.0}
+TENTH = {"sparsity": 0.9, "parameters": 100, "macs": 900, "decision_ms": 2.0}
 
 
 def pruned_history(shift=0.0):

@@ -38,7 +38,7 @@ def test_it_is_there_still_with_a_fifth_of_its_parameters(tmp_path):
     )
     trainer = runs.start(replace(config, eval_episodes=10), [])
     assert trainer.run().mean > 0.97 * REACH_OPTIMUM
-    assert trainer.compression.sparsity >= 0.8
+    assert trainer.course.sparsity >= 0.8
 
 
 def test_it_learns_that_termination_ends_the_reward(tmp_path):
@@ -69,7 +69,7 @@ def test_a_pruned_agent_keeps_the_return(tmp_path):
     )
     trainer = runs.start(config, [])
     assert trainer.run().mean >= 0.95 * 850
-    assert trainer.compression.sparsity >= 0.9
+    assert trainer.course.sparsity >= 0.9
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def whole_run(tmp_path_factory):
 
     def count(step=trainer.step):
         nonlocal steps
-        due = trainer.compression.due(trainer.progress.env_steps)
+        due = trainer.course.due(trainer.progress.env_steps)
         if due and trainer.episode is None and trainer.progress.updates_due < 1:
             pruning.append((steps, due))
         steps += 1
@@ -87,7 +87,7 @@ def test_a_run_is_pruned_in_steps_and_says_what_each_did(whole_run):
         for moment in ("before", "after", "recovered"):
             assert set(step[moment]) == {"mean", "std", "decision_ms"}
         if step["after"]["mean"] >= step["before"]["mean"] - 0.05 * abs(step["before"]["mean"]):
-            assert step["recovery_env_steps"] == 0
+            assert step["recovery"] == 0
     moments = [t["moment"] for t in read_history(run_dir, "tracking") if t["step"] == 2]
     assert moments[:2] == ["before", "after"] and moments[-1] == "recovered"
 
@@ -107,7 +107,7 @@ def test_a_run_is_pruned_in_steps_and_says_what_each_did(whole_run):
         *("encoder", "dynamics", "reward", "policy", "q_ensemble.0", "q_ensemble.1", "coupling")
     }
     assert (said["method"], said["cuts"], said["parameters"]) == ("bayesian", 3, left)
-    assert said["dense_return"] == steps[0]["before"]["mean"]
+    assert said["dense_score"] == steps[0]["before"]["mean"]
     assert said["sparsity"] == pytest.approx(1 - left / said["dense_parameters"])
 
 
@@ -120,9 +120,9 @@ def test_tensorboard_and_pictures_show_it(whole_run):
     both = read_history(run_dir, "tracking", "evaluation")
     for tag, key, records in (
         ("pruning/return", "mean", tracked),
-        ("agent/sparsity", "sparsity", both),
-        ("agent/planning MACs", "planning_macs", both),
-        ("agent/milliseconds per decision", "decision_ms", both),
+        ("networks/sparsity", "sparsity", both),
+        ("networks/macs", "macs", both),
+        ("networks/milliseconds per decision", "decision_ms", both),
     ):
         logged = [(event.step, event.value) for event in events.Scalars(tag)]
         assert [step for step, _ in logged] == [record["env_steps"] for record in records]
@@ -183,7 +183,7 @@ def returns(monkeypatch, script):
 
 def everything(trainer):
     """Networks, optimisers and tracker, bit for bit."""
-    return {name: tensor.clone() for name, tensor in trainer.compression._snapshot().items()}
+    return {name: tensor.clone() for name, tensor in trainer.course._snapshot().items()}
 
 
 def test_a_step_that_does_not_recover_is_undone_exactly(tmp_path, monkeypatch, capsys):
@@ -195,9 +195,9 @@ def test_a_step_that_does_not_recover_is_undone_exactly(tmp_path, monkeypatch, c
     before, undone = {}, []
 
     def watch(step=trainer.step):
-        due = trainer.compression.due(trainer.progress.env_steps)
+        due = trainer.course.due(trainer.progress.env_steps)
         at_rest = trainer.episode is None and trainer.progress.updates_due < 1
-        sparsity = trainer.compression.sparsity
+        sparsity = trainer.course.sparsity
         if at_rest and due == "cut":
             before.clear()
             before.update(everything(trainer))
@@ -206,7 +206,7 @@ def test_a_step_that_does_not_recover_is_undone_exactly(tmp_path, monkeypatch, c
             after = everything(trainer)
             assert set(after) == set(before)
             assert all(torch.equal(after[name], before[name]) for name in before)
-            undone.append((sparsity, trainer.compression.sparsity))
+            undone.append((sparsity, trainer.course.sparsity))
         return left
 
     trainer.step = watch
@@ -242,14 +242,14 @@ def test_a_run_killed_around_an_undone_step_resumes_exactly(tmp_path, monkeypatc
     trainer = start("run")
 
     def interrupted(step=trainer.step):
-        due = trainer.compression.due(trainer.progress.env_steps)
-        cut = trainer.compression.stage.phase in ("cut", "recovering") and trainer.compression
+        due = trainer.course.due(trainer.progress.env_steps)
+        cut = trainer.course.stage.phase in ("cut", "recovering") and trainer.course
         if part == 0 and due == "undo":
             raise Killed
-        if part == 1 and cut and trainer.compression.stage.step == 2:
+        if part == 1 and cut and trainer.course.stage.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         left = step()
-        if part == 2 and due == "undo" and trainer.compression.stage.phase == "waiting":
+        if part == 2 and due == "undo" and trainer.course.stage.phase == "waiting":
             raise Killed
         return left
 
@@ -264,11 +264,11 @@ def test_a_cut_that_fails_stops_the_run_with_its_networks_whole(tmp_path, monkey
     def fail(*_):
         raise SurgeryError("on purpose")
 
-    monkeypatch.setattr("tdmpc_prune.compression.commit", fail)
+    monkeypatch.setattr("tdmpc_prune.pruning.course.commit", fail)
     trainer = runs.start(pruning_config(tmp_path / "run"), [])
     with pytest.raises(RunError, match="cut 1 was undone and the run stopped: on purpose"):
         trainer.run()
-    assert trainer.compression.sparsity == 0
+    assert trainer.course.sparsity == 0
 
 
 def test_the_dense_part_of_a_pruned_run_is_the_dense_run(whole_run, tmp_path):

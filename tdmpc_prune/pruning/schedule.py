@@ -15,7 +15,7 @@ from tdmpc_prune.pruning.config import PruneConfig
 
 @dataclass(frozen=True)
 class Schedule:
-    """`steps` cuts, evenly spaced in (start, end], all in env steps."""
+    """`steps` cuts, evenly spaced in (start, end], in the unit of the run's length."""
 
     start: float
     end: float
@@ -23,14 +23,14 @@ class Schedule:
     sparsity: float  # after the last
     shape: str
 
-    def progress(self, env_steps: float) -> float:
+    def progress(self, now: float) -> float:
         """The part of the schedule that lies behind, in [0, 1]."""
         if self.end <= self.start:
-            return float(env_steps >= self.end)
-        return min(1.0, max(0.0, (env_steps - self.start) / (self.end - self.start)))
+            return float(now >= self.end)
+        return min(1.0, max(0.0, (now - self.start) / (self.end - self.start)))
 
     def time_of(self, step: int) -> float:
-        """Env steps at which cut `step` (1 to `steps`) is due."""
+        """The time at which cut `step` (1 to `steps`) is due."""
         return self.start + (self.end - self.start) * step / self.steps
 
     def sparsity_after(self, step: int) -> float:
@@ -38,7 +38,7 @@ class Schedule:
         return self.sparsity * shape_at(self.shape, step / self.steps)
 
     def end_of(self, step: int, cut_at: float, last: float) -> float:
-        """Env steps at which the recovery from cut `step` ends: when the next is due.
+        """The time at which the recovery from cut `step` ends: when the next is due.
 
         A cut that came late still gets the time between two cuts; if that is none, it has until
         the end of the run, `last`.
@@ -59,8 +59,10 @@ def shape_at(shape: str, progress: float) -> float:
     return progress
 
 
-def make_schedule(config: PruneConfig, first: int, last: int) -> Schedule:
-    """The schedule of a run that goes from env step `first` to env step `last`.
+def make_schedule(config: PruneConfig, first: int, last: int, unit: str) -> Schedule:
+    """The schedule of a run that goes from time `first` to time `last`.
+
+    `unit` is the setting that gives its length: env_steps, or updates.
 
     Raises:
         UserError: it would end after the run, or before it starts.
@@ -70,10 +72,11 @@ def make_schedule(config: PruneConfig, first: int, last: int) -> Schedule:
         return first + (value * (last - first) if value <= 1 else value)
 
     start, end = time(config.start), time(config.end)
+    shown = unit.replace("_", " ")
     if end > last:
         raise UserError(
-            f"the pruning schedule ends at {end:.0f} env steps, after the run, which ends at "
-            f"{last}: lower prune.end={config.end:g}, or raise env_steps"
+            f"the pruning schedule ends at {end:.0f} {shown}, after the run, which ends at "
+            f"{last}: lower prune.end={config.end:g}, or raise {unit}"
         )
     if end < start:
         raise UserError(f"prune.end={config.end:g} lies before prune.start={config.start:g}")
