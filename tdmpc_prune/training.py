@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from envs import make_env
 from envs.tasks import default_action_repeat

@@ -1,0 +1,1 @@
+"""A convolutional or fully connected autoencoder, pruned by the same code as the agent."""
