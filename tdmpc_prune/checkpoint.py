@@ -61,6 +61,12 @@ class SavedAgent:
     parent: Path | None = None  # folder of the dense agent that it was cut from
     folder: Path | None = None  # from which it was loaded
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing has been cut from it."""
+        widths = self.model.widths
+        return widths == Widths.dense(self.config.network, widths.observation, widths.action)
+
 
 def checkpoint_dir(path: str | Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest one of a run's folder.
@@ -220,8 +226,7 @@ def dense_parent(path: str | Path) -> SavedAgent | None:
     agent = load_agent(path)
     if agent.parent:
         return load_agent(agent.parent)
-    pruned = agent.provenance.get("pruning", {}).get("sparsity", 0) > 0
-    return None if pruned else agent
+    return agent if agent.is_dense else None
 
 
 def load_training(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
@@ -283,7 +288,10 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     """
     if not (run_dir / "run.json").is_file():
         raise UserError(f"'{run_dir}' is not the folder of a run (it has no run.json)")
-    return _read_json(run_dir / "run.json")["settings"]
+    try:
+        return _read_json(run_dir / "run.json")["settings"]
+    except KeyError as error:
+        raise UserError(f"'{run_dir}/run.json' is not of a run of this package") from error
 
 
 def read_command(run_dir: Path) -> str:
@@ -345,7 +353,7 @@ def _write_folder(target: Path, write: Callable[[Path], None]) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise RunError(
-            f"checkpoint '{target}' could not be saved: {error}; earlier ones are whole"
+            f"'{target}' could not be saved: {error}; what was saved before is whole"
         ) from error
 
 

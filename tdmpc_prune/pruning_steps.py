@@ -57,7 +57,7 @@ def measure(trainer: Trainer) -> None:
     evaluation = trainer.evaluation(min(config.prune.eval_episodes, config.eval_episodes))
     if evaluation is None:
         return
-    if not trainer.compression.stage.changes:
+    if trainer.agent().is_dense:
         _keep(trainer, parent_dir(trainer.run_dir))
     compression, env_steps = trainer.compression, trainer.progress.env_steps
     speed = median_decision_milliseconds(trainer.model, trainer.config.model)

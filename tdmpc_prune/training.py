@@ -10,7 +10,7 @@ actions anew.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -336,7 +336,7 @@ class Trainer:
 
         None if a signal comes meanwhile.
         """
-        agent = [self.learner.updates, self.compression.stage.changes if self.compression else 0]
+        agent = self._version()
         if self._evaluated == agent and len(self.last_evaluation.returns) >= episodes:
             return self.last_evaluation.first(episodes)
         self.log.progress(doing="evaluating")
@@ -355,13 +355,19 @@ class Trainer:
             self.log.progress(doing="training")
         return evaluation
 
+    def _version(self) -> list[int]:
+        """Equal as long as the agent is the same: its updates, and the changes by pruning."""
+        return [self.learner.updates, self.compression.stage.changes if self.compression else 0]
+
     # --- Saving and going on ---------------------------------------------------------------
 
     def agent(self) -> SavedAgent:
         """The agent as it is now."""
         progress, evaluation = self.progress, self.last_evaluation
+        if self._evaluated != self._version():
+            evaluation = None  # it is of other weights
         parent = pruning_steps.parent_dir(self.run_dir)
-        return SavedAgent(
+        agent = SavedAgent(
             model=self.model,
             config=self.config.model,
             task=self.config.task,
@@ -375,8 +381,8 @@ class Trainer:
                 "commands": self.commands,
             }
             | ({"pruning": self.compression.provenance()} if self.compression else {}),
-            parent=parent if parent.exists() else None,
         )
+        return agent if agent.is_dense or not parent.exists() else replace(agent, parent=parent)
 
     def save(self) -> Path:
         """Save everything that the rest of the run depends on."""
