@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes.util
 import os
 import sys
@@ -78,7 +79,7 @@ class Film:
             self._part.touch()  # before anything is played
             picture = self._draw()
         except OSError as error:
-            raise DisplayError(f"video={path} cannot be written: {error.strerror}") from error
+            raise self._refusal(error) from error
         except DisplayError:
             self._part.unlink()
             raise
@@ -99,11 +100,29 @@ class Film:
         try:
             self._writer.close()
             if failed is None:
+                self._check()
                 os.replace(self._part, self._path)
         except OSError as error:
-            raise DisplayError(f"video={self._path} cannot be written: {error}") from error
+            raise self._refusal(error) from error
         finally:
-            self._part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._part.unlink(missing_ok=True)
+
+    def _check(self) -> None:
+        """FFmpeg does not say whether it could finish the file. Raises OSError."""
+        import imageio_ffmpeg
+
+        wanted = -(-self._calls // self._every)
+        try:
+            frames, _ = imageio_ffmpeg.count_frames_and_secs(str(self._part))
+        except RuntimeError as error:
+            raise OSError("FFmpeg could not finish it (is the disk full?)") from error
+        if frames < wanted:
+            raise OSError(f"only {frames} of {wanted} frames were written (is the disk full?)")
+
+    def _refusal(self, error: OSError) -> DisplayError:
+        reason = error.strerror or str(error).strip().splitlines()[0]
+        return DisplayError(f"video={self._path} cannot be written: {reason}")
 
     def shoot(self) -> None:
         """Take the present state."""
@@ -111,11 +130,12 @@ class Film:
             try:
                 self._writer.send(np.ascontiguousarray(self._draw()))
             except OSError as error:
-                raise DisplayError(f"video={self._path} cannot be written: {error}") from error
+                raise self._refusal(error) from error
         self._calls += 1
 
     def _draw(self) -> np.ndarray:
-        if os.environ.get("MUJOCO_GL") == "disable":
+        on_mujoco = hasattr(self._env.unwrapped, "data")  # others need no OpenGL
+        if on_mujoco and os.environ.get("MUJOCO_GL") == "disable":
             raise DisplayError(
                 "nothing can be drawn here: install EGL (Debian: libegl1 libgl1-mesa-dri), "
                 "or set MUJOCO_GL=osmesa"

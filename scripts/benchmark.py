@@ -17,7 +17,10 @@ def main(config: BenchmarkConfig, given: list[str]) -> None:
     set_threads(config.threads)
     device = choose_device(config.device)
     if config.checkpoint:
-        agent = load_agent(config.checkpoint, device)
+        for name in given:
+            if name in ("environments", "model") or name.startswith("model."):
+                raise UserError(f"{name} does not go with checkpoint=, which brings its own")
+        agent = load_agent(config.checkpoint, device, config.task if "task" in given else None)
         parent = load_parent(agent, device=device)
         if parent is None:
             raise UserError(f"'{config.checkpoint}' names no dense parent that is there")

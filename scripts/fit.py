@@ -13,8 +13,8 @@ from tdmpc_prune.runtime import set_threads
 def main(config: FitConfig, given: list[str]) -> None:
     """Find the networks and the planner budget that reach a control rate at the least loss."""
     folder = fit.free_folder(config)
-    cutting = fit.cutting(config)
-    if cutting:
+    fit.dense_agent(config)  # or nothing is begun
+    if cutting := fit.cutting(config):
         trainer = prune_checkpoint.start(cutting, sys.argv)
         runs.finish(trainer)
         config = replace(config, checkpoint=str(trainer.run_dir))

@@ -1,9 +1,9 @@
-"""Run an exported agent with ONNX Runtime and NumPy alone, on its task or on another of its size.
+"""Run an exported agent without PyTorch: an example to start from.
 
-`python scripts/run_exported.py GRAPH.onnx [episodes] [task]` is an example to start from: a machine
-that runs an exported agent needs the graph, the JSON beside it, and no PyTorch.
+Only the graph, the JSON beside it, NumPy and ONNX Runtime are needed; `envs` is the simulated task.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -11,29 +11,27 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from envs import make_env
+from envs import TaskError, make_env
 
 
-def main(graph: str, episodes: str = "10", task: str = "") -> None:
-    sidecar = Path(graph).with_suffix(".json")
-    if not (Path(graph).is_file() and sidecar.is_file()):
-        print(f"error: {graph} and {sidecar} must both be there", file=sys.stderr)
-        raise SystemExit(2)
-    about = json.loads(sidecar.read_text())
+def play(graph: Path, task: str | None, episodes: int) -> list[float]:
+    about = json.loads(graph.with_name(f"{graph.name}.json").read_text())
     shapes = {port["name"]: tuple(port["shape"]) for port in about["inputs"]}
     draws = {port["name"]: port["draw"] for port in about["inputs"] if "draw" in port}
     env = make_env(task or about["task"], about["action_repeat"])
-    if env.observation_space.shape != shapes["observation"]:
-        seen, wanted = env.observation_space.shape, shapes["observation"]
-        print(f"error: {graph} takes observations {wanted}, {task} gives {seen}", file=sys.stderr)
-        raise SystemExit(2)
+    sizes = (env.observation_space.shape, env.action_space.shape)
+    if sizes != (shapes["observation"], tuple(about["outputs"][0]["shape"])):
+        raise TaskError(
+            f"{graph} takes observations of {shapes['observation'][0]} numbers and gives actions "
+            f"of {about['outputs'][0]['shape'][0]}; the task's have {sizes[0][0]} and {sizes[1][0]}"
+        )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(graph, options)
     rng = np.random.default_rng(0)
     draw = {"normal": rng.standard_normal, "uniform": rng.random}
     returns = []
-    for seed in range(int(episodes)):
+    for seed in range(episodes):
         observation, _ = env.reset(seed=seed)
         means, total, ended = np.zeros(shapes.get("means", 0), np.float32), 0.0, False
         while not ended:
@@ -44,8 +42,27 @@ def main(graph: str, episodes: str = "10", task: str = "") -> None:
             observation, reward, terminated, truncated, _ = env.step(action)
             total, ended = total + reward, terminated or truncated
         returns.append(total)
-    print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes")
+    return returns
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("graph", type=Path, help="of export.py, *.onnx")
+    parser.add_argument("episodes", type=int, nargs="?", default=10)
+    parser.add_argument("task", nargs="?", help="another task with the same sizes")
+    given = parser.parse_args()
+    try:
+        returns = play(given.graph, given.task, max(1, given.episodes))
+    except FileNotFoundError:
+        error = f"{given.graph} and {given.graph}.json must both be there"
+    except (TaskError, ValueError, RuntimeError) as found:  # the last: of ONNX Runtime
+        error = str(found).splitlines()[0]
+    else:
+        print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes")
+        return
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

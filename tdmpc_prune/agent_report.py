@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,9 +102,16 @@ def text(found: list[Column], evaluation: Evaluation, seed: int) -> str:
 
 
 def check_free(folder: Path) -> None:
-    """Refuse, before anything is played, a folder that exists. Raises UserError."""
+    """Refuse, before anything is played, a folder that exists or that cannot be made.
+
+    Raises:
+        UserError: which of them.
+    """
     if folder.exists():
         raise UserError(f"'{folder}' exists already; choose another folder")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"'{folder}' cannot be written: '{above}' is no folder to write to")
 
 
 def ship(
@@ -149,7 +157,7 @@ def ship(
 def _card(name: str, found: list[Column], measured: dict[str, Any]) -> str:
     agent, returns = found[0].agent, found[0].returns
     pruning = agent.provenance.get("pruning")
-    how = f"pruned by `{pruning['method']}`" if pruning and pruning["cuts"] else "dense"
+    how = "dense" if agent.is_dense else f"pruned by `{pruning['method']}`" if pruning else "pruned"
     lines = [
         f"# {name}",
         "",

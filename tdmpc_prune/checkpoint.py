@@ -45,6 +45,7 @@ from tdmpc_prune.config import from_plain, to_plain
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.runtime import versions
 
+_DESCRIPTIONS = ("agent.json", "autoencoder.json")
 FORMAT = "tdmpc_prune agent"
 FORMAT_VERSION = 1
 
@@ -61,6 +62,12 @@ class SavedAgent:
     parent: Path | None = None  # folder of the dense agent that it was cut from
     folder: Path | None = None  # from which it was loaded
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing has been cut from it."""
+        widths = self.model.widths
+        return widths == Widths.dense(self.config.network, widths.observation, widths.action)
+
 
 def checkpoint_dir(path: str | Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest one of a run's folder.
@@ -69,7 +76,7 @@ def checkpoint_dir(path: str | Path) -> Path:
         UserError: there is none.
     """
     path = Path(path)
-    if (path / "agent.json").is_file():
+    if any((path / name).is_file() for name in _DESCRIPTIONS):
         return path
     found = sorted((path / "checkpoints").glob("[0-9]*-[0-9]*"))
     if found:
@@ -80,13 +87,18 @@ def checkpoint_dir(path: str | Path) -> Path:
 
 
 def save_checkpoint(
-    run_dir: Path, agent: SavedAgent, training: dict[str, Any], tensors: dict[str, dict[str, Any]]
+    run_dir: Path,
+    now: int,
+    write_networks: Callable[[Path], None],
+    training: dict[str, Any],
+    tensors: dict[str, dict[str, Any]],
 ) -> Path:
     """Save a run's state as its newest checkpoint, then delete the one before.
 
     Args:
         run_dir: the run's folder.
-        agent: what is needed to act.
+        now: the run's time, for the checkpoint's name.
+        write_networks: writes what is needed to use the networks into a folder.
         training: what else is needed to go on; JSON types.
         tensors: file name → name → tensor or array, likewise.
 
@@ -96,16 +108,16 @@ def save_checkpoint(
     folder = run_dir / "checkpoints"
     earlier = sorted(folder.glob("[0-9]*-[0-9]*"))
     number = int(earlier[-1].name.split("-")[0]) + 1 if earlier else 1
-    target = folder / f"{number:06d}-{agent.provenance['env_steps']}"
+    target = folder / f"{number:06d}-{now}"
 
     def write(part: Path) -> None:
-        _write_agent(part, agent)
-        sums = {f"{name}.safetensors": _save(part, name, tensors[name]) for name in tensors}
-        _write_json(part / "training.json", training | {"sha256": sums})
+        write_networks(part)
+        sums = {f"{name}.safetensors": save_tensors(part, name, tensors[name]) for name in tensors}
+        write_json(part / "training.json", training | {"sha256": sums})
 
     for left_behind in folder.glob(".*.part"):
         shutil.rmtree(left_behind, ignore_errors=True)
-    _write_folder(target, write)
+    write_folder(target, write)
     for old in earlier:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -127,17 +139,17 @@ def save_agent(target: Path, agent: SavedAgent, files: Mapping[str, bytes] | Non
         raise UserError(f"'{target}' exists already; choose another folder")
 
     def write(part: Path) -> None:
-        _write_agent(part, agent)
+        write_agent(part, agent)
         for name, content in (files or {}).items():
             (part / name).write_bytes(content)
 
-    _write_folder(target, write)
+    write_folder(target, write)
 
 
-def _write_agent(folder: Path, agent: SavedAgent) -> None:
+def write_agent(folder: Path, agent: SavedAgent) -> None:
     """Write the two files of an agent into `folder`, which may be renamed but not moved."""
     weights = {name: tensor.detach() for name, tensor in agent.model.state_dict().items()}
-    checksum = _save(folder, "agent", weights)
+    checksum = save_tensors(folder, "agent", weights)
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -153,7 +165,7 @@ def _write_agent(folder: Path, agent: SavedAgent) -> None:
         },
         "sha256": {"agent.safetensors": checksum},
     }
-    _write_json(folder / "agent.json", description)
+    write_json(folder / "agent.json", description)
 
 
 def load_agent(
@@ -166,7 +178,7 @@ def load_agent(
             for `task`; and which.
     """
     folder = checkpoint_dir(path)
-    description = _read_json(folder / "agent.json")
+    description = read_json(folder / "agent.json")
     if description.get("format") != FORMAT:
         raise UserError(f"'{folder}' is not a checkpoint of this package (no '{FORMAT}' in it)")
     if description.get("format_version") != FORMAT_VERSION:
@@ -220,8 +232,7 @@ def dense_parent(path: str | Path) -> SavedAgent | None:
     agent = load_agent(path)
     if agent.parent:
         return load_agent(agent.parent)
-    pruned = agent.provenance.get("pruning", {}).get("sparsity", 0) > 0
-    return None if pruned else agent
+    return agent if agent.is_dense else None
 
 
 def load_training(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
@@ -232,7 +243,7 @@ def load_training(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Ten
     """
     if not (folder / "training.json").is_file():
         raise UserError(f"'{folder}' holds an agent but no training state to go on from")
-    training = _read_json(folder / "training.json")
+    training = read_json(folder / "training.json")
     sums = training.pop("sha256", {})
     names = [file.removesuffix(".safetensors") for file in sums]
     return training, {name: load_tensors(folder, name, sums) for name in names}
@@ -269,7 +280,7 @@ def create_run(run_dir: Path, settings: dict[str, Any], command: list[str]) -> N
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         part = run_dir / ".run.json.part"
-        _write_json(part, description)
+        write_json(part, description)
         os.replace(part, run_dir / "run.json")
     except OSError as error:
         raise RunError(f"'{run_dir}' cannot be written: {error.strerror}") from error
@@ -283,12 +294,15 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     """
     if not (run_dir / "run.json").is_file():
         raise UserError(f"'{run_dir}' is not the folder of a run (it has no run.json)")
-    return _read_json(run_dir / "run.json")["settings"]
+    try:
+        return read_json(run_dir / "run.json")["settings"]
+    except KeyError as error:
+        raise UserError(f"'{run_dir}/run.json' is not of a run of this package") from error
 
 
 def read_command(run_dir: Path) -> str:
     """The command line that started a run."""
-    return command_line(_read_json(run_dir / "run.json")["command"])
+    return command_line(read_json(run_dir / "run.json")["command"])
 
 
 def command_line(arguments: list[str]) -> str:
@@ -306,7 +320,7 @@ def _widths(values: dict[str, Any]) -> Widths:
     return Widths(**{name: tuples(value) for name, value in values.items()})
 
 
-def _save(folder: Path, name: str, tensors: dict[str, Any]) -> str:
+def save_tensors(folder: Path, name: str, tensors: dict[str, Any]) -> str:
     """Write tensors or arrays to a file and return its checksum."""
     arrays = {
         key: np.ascontiguousarray(value.cpu().numpy() if isinstance(value, Tensor) else value)
@@ -317,11 +331,11 @@ def _save(folder: Path, name: str, tensors: dict[str, Any]) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -331,7 +345,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _write_folder(target: Path, write: Callable[[Path], None]) -> None:
+def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Make folder `target` with what `write` puts into it: whole, or not at all."""
     part = target.parent / f".{target.name}.part"
     try:
@@ -345,7 +359,7 @@ def _write_folder(target: Path, write: Callable[[Path], None]) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise RunError(
-            f"checkpoint '{target}' could not be saved: {error}; earlier ones are whole"
+            f"'{target}' could not be saved: {error}; what was saved before is whole"
         ) from error
 
 

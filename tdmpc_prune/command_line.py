@@ -52,6 +52,9 @@ def run_command(name: str, function: Callable[[Any, list[str]], None]) -> None:
 
     try:
         job()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except (HydraException, OmegaConfBaseException) as error:
         _exit(error, schema)
 

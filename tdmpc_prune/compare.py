@@ -1,7 +1,7 @@
 """Runs beside each other: return against env steps, sparsity and milliseconds per decision.
 
 Everything comes from the runs' folders: `run.json` and `history.jsonl`. Runs that differ in nothing
-but their seed are one arm.
+but their seed, and what follows from it, are one arm.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from tdmpc_prune.checkpoint import read_run
-from tdmpc_prune.config import by_dotted_name
+from tdmpc_prune.config import TrainConfig, by_dotted_name, from_plain, to_plain
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning_report import read_history
 
-_NOT_OF_THE_ARM = {"seed", "run_dir", "resume", "device", "threads", "prune.method", "task"}
+_NOT_OF_THE_ARM = {
+    *("seed", "run_dir", "resume", "device", "threads", "prune.method", "prune.plan", "task"),
+    "start_from",
+}
 _PASSING = ("after", "recovering", "not recovered")  # moments in which a cut is not settled
 
 
@@ -37,6 +40,7 @@ class Measured:
     seed: int
     run: str  # its folder
     env_steps: int
+    due: int  # the same for all seeds: an evaluation comes with the first episode that ends later
     moment: str  # "evaluation", or where in a cut: before, after, recovering, (not) recovered
     cut: int  # the cut that left these networks; 0 for the ones that the run started with
     sparsity: float | None  # None in the history of older releases, like the next three
@@ -67,7 +71,10 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 
 def read(run_dirs: list[Path]) -> tuple[list[Measured], list[Path]]:
     """Every measurement of the runs, and the runs that have none yet."""
-    settings = {run_dir: read_run(run_dir) for run_dir in run_dirs}
+    # Read through the schema, so that settings which older releases did not have are filled in.
+    settings = {
+        run_dir: to_plain(from_plain(TrainConfig, read_run(run_dir))) for run_dir in run_dirs
+    }
     arms = _arms(settings)
     measured, without = [], []
     for run_dir in run_dirs:
@@ -79,7 +86,7 @@ def read(run_dirs: list[Path]) -> tuple[list[Measured], list[Path]]:
 
 
 def _read_one(run_dir: Path, settings: dict[str, Any], arm: str) -> Iterable[Measured]:
-    cut, kept = 0, 0
+    cut, kept, every = 0, 0, settings["eval_every"]
     for entry in read_history(run_dir, "evaluation", "tracking", "cut", "undone"):
         if entry["kind"] == "cut":
             cut, kept = entry["step"], cut
@@ -92,6 +99,7 @@ def _read_one(run_dir: Path, settings: dict[str, Any], arm: str) -> Iterable[Mea
                 seed=settings["seed"],
                 run=str(run_dir),
                 env_steps=entry["env_steps"],
+                due=entry["env_steps"] // every * every,
                 moment=entry.get("moment", "evaluation"),
                 cut=cut,
                 sparsity=entry.get("sparsity"),
@@ -105,21 +113,26 @@ def _read_one(run_dir: Path, settings: dict[str, Any], arm: str) -> Iterable[Mea
 def _arms(settings: dict[Path, dict[str, Any]]) -> dict[Path, str]:
     """A name for each run: its pruning method, and what else sets it apart from the others.
 
-    Settings are compared among the runs of one task; a pruning setting, among those of one method.
+    Settings are compared among the runs of one task; pruning settings, among those of one method.
     """
     flat = {run_dir: by_dotted_name(values) for run_dir, values in settings.items()}
     names = {}
     for run_dir, own in flat.items():
-        task, method = own["task"], own["prune.method"]
-        peers = [other for other in flat.values() if other["task"] == task]
-        alike = [other for other in peers if other["prune.method"] == method]
+        method, finished = own["prune.method"], bool(own["start_from"])
         parts = ["dense" if method == "none" else method]
-        if own.get("start_from"):
+        skipped = set(_NOT_OF_THE_ARM)
+        if finished:
             parts.append("of a finished agent")
+            skipped.add("env_steps")  # counted from the agent's, which differ from seed to seed
         for name, value in own.items():
-            rivals = alike if name.startswith("prune.") else peers
-            skipped = name in _NOT_OF_THE_ARM or name == "start_from"
-            if not skipped and any(other.get(name) != value for other in rivals):
+            rivals = [other for other in flat.values() if other["task"] == own["task"]]
+            if name.startswith("prune."):
+                if method == "none":
+                    continue
+                rivals = [other for other in rivals if other["prune.method"] == method]
+            elif name == "env_steps":
+                rivals = [other for other in rivals if not other["start_from"]]
+            if name not in skipped and any(other.get(name) != value for other in rivals):
                 parts.append(f"{name}={value}")
         names[run_dir] = " ".join(parts)
     return names
@@ -127,69 +140,83 @@ def _arms(settings: dict[Path, dict[str, Any]]) -> dict[Path, str]:
 
 @dataclass(frozen=True)
 class Point:
-    """What an arm was after one of its cuts, over its seeds."""
+    """What an arm was after one of its cuts."""
 
     task: str
     arm: str
     cut: int
-    last: dict[int, Measured]  # seed → the last settled measurement with these networks
+    last: list[Measured]  # of each run that kept it: the last settled one with these networks
+    undone: list[Measured]  # of each run that undid it: the one that decided so
 
     def mean_of(self, name: str) -> float | None:
-        """Mean over the seeds of a figure; None if a run does not have it."""
-        values = [getattr(measured, name) for measured in self.last.values()]
-        return None if None in values else float(np.mean(values))
+        """Mean over the runs of a figure; None if a run does not have it."""
+        values = [getattr(measured, name) for measured in self.last]
+        return None if None in values or not values else float(np.mean(values))
 
     @property
     def each(self) -> list[float]:
-        """Mean return of each seed."""
-        return [measured.mean for _, measured in sorted(self.last.items())]
+        """Mean return of each run."""
+        return [measured.mean for measured in self.last]
 
 
 def points(measured: list[Measured]) -> list[Point]:
-    """One for each arm and cut, in order."""
-    last: dict[tuple[str, str, int], dict[int, Measured]] = defaultdict(dict)
-    for m in measured:
+    """One for each arm and cut, in order; their runs by seed."""
+    last: dict[tuple[str, str, int], dict[str, Measured]] = defaultdict(dict)
+    undone: dict[tuple[str, str, int], dict[str, Measured]] = defaultdict(dict)
+    for m in sorted(measured, key=lambda m: (m.task, m.arm, m.cut, m.seed)):
         if m.moment not in _PASSING:
-            last[m.task, m.arm, m.cut][m.seed] = m
-    return [Point(*key, seeds) for key, seeds in sorted(last.items(), key=lambda item: item[0])]
+            last[m.task, m.arm, m.cut][m.run] = m
+        elif m.moment == "not recovered":
+            undone[m.task, m.arm, m.cut][m.run] = m
+    return [
+        Point(*key, list(last[key].values()), list(undone[key].values()))
+        for key in sorted({*last, *undone})
+    ]
 
 
 def table(measured: list[Measured]) -> str:
     """What each arm reached after each of its cuts, as Markdown."""
     found = points(measured)
-    dense = {p.task: np.mean(p.each) for p in found if p.arm.startswith("dense")}
+    dense: dict[str, list[Point]] = defaultdict(list)
+    for p in found:
+        if p.arm.startswith("dense"):
+            dense[p.task].append(p)
     rows = []
     for p in found:
-        reference = dense.get(p.task)
+        # With several dense arms there is no saying which is the reference.
+        reference = np.mean(dense[p.task][0].each) if len(dense[p.task]) == 1 else 0
+        mean = float(np.mean(p.each)) if p.last else None
+        each = f" ({', '.join(f'{value:.0f}' for value in p.each)})" if p.last else ""
         rows.append(
             (
                 p.task,
                 p.arm,
                 p.cut,
                 len(p.last),
+                len(p.undone) or "",
                 _shown(p.mean_of("env_steps"), ",.0f"),
                 _shown(p.mean_of("sparsity"), ".3f"),
                 _shown(p.mean_of("parameters"), ",.0f"),
                 _shown(p.mean_of("macs"), ",.0f"),
                 _shown(p.mean_of("decision_ms"), ".1f"),
-                f"{np.mean(p.each):.0f} ({', '.join(f'{value:.0f}' for value in p.each)})",
-                f"{np.mean(p.each) / reference:.0%}" if reference and reference > 0 else "",
+                f"{_shown(mean, '.0f')}{each}",
+                f"{mean / reference:.0%}" if mean is not None and reference > 0 else "",
             )
         )
-    names = ["task", "arm", "cuts", "seeds", "env steps", "sparsity", "parameters"]
-    names += ["planning MACs", "ms per decision", "return (each seed)", "of dense"]
+    names = ["task", "arm", "cuts", "runs", "undone in", "env steps", "sparsity", "parameters"]
+    names += ["planning MACs", "ms per decision", "return (each run)", "of dense"]
     return tabulate(rows, names, "pipe", disable_numparse=True)
 
 
 def curve_table(measured: list[Measured]) -> str:
-    """Every evaluation that all seeds of an arm have in common, as Markdown."""
+    """Every evaluation that all runs of an arm have in common, as Markdown."""
     rows = [
-        (task, arm, f"{env_steps:,}", len(seeds), f"{np.mean(list(seeds.values())):.0f}", each)
+        (task, arm, f"{env_steps:,}", len(returns), f"{np.mean(returns):.0f}", each)
         for (task, arm), curve in _curves(measured).items()
-        for env_steps, seeds in curve.items()
-        for each in [", ".join(f"{value:.0f}" for value in seeds.values())]
+        for env_steps, returns in curve.items()
+        for each in [", ".join(f"{value:.0f}" for value in returns)]
     ]
-    names = ["task", "arm", "env steps", "seeds", "return", "each seed"]
+    names = ["task", "arm", "env steps", "runs", "return", "each run"]
     return tabulate(rows, names, "pipe", disable_numparse=True)
 
 
@@ -209,7 +236,7 @@ def write_csv(measured: list[Measured]) -> str:
 def picture(measured: list[Measured]) -> bytes:
     """A row for each task: return against env steps, sparsity, and ms per decision, as PNG.
 
-    Error bars and bands span the seeds.
+    Error bars and bands span the runs of an arm. A cut that a run undid is a cross.
     """
     tasks = sorted({m.task for m in measured})
     arms = sorted({m.arm for m in measured}, key=lambda arm: (not arm.startswith("dense"), arm))
@@ -242,37 +269,48 @@ def picture(measured: list[Measured]) -> bytes:
     return image.getvalue()
 
 
-def _curves(measured: list[Measured]) -> dict[tuple[str, str], dict[int, dict[int, float]]]:
-    """(task, arm) → env steps → seed → return, where all seeds of the arm were evaluated."""
+def _curves(measured: list[Measured]) -> dict[tuple[str, str], dict[int, list[float]]]:
+    """(task, arm) → env steps → return of each run, where all runs of the arm were evaluated."""
     curves: dict = defaultdict(lambda: defaultdict(dict))
-    for m in sorted(measured, key=lambda m: (m.task, m.arm, m.env_steps, m.seed)):
+    runs: dict = defaultdict(set)
+    for m in sorted(measured, key=lambda m: (m.task, m.arm, m.due, m.seed)):
+        runs[m.task, m.arm].add(m.run)
         if m.moment == "evaluation":
-            curves[m.task, m.arm][m.env_steps][m.seed] = m.mean
-    for curve in curves.values():
-        seeds = max(len(values) for values in curve.values())
-        for env_steps in [steps for steps, values in curve.items() if len(values) < seeds]:
-            del curve[env_steps]
-    return curves
+            curves[m.task, m.arm][m.due][m.run] = m.mean
+    return {
+        arm: {
+            due: list(returns.values())
+            for due, returns in curve.items()
+            if len(returns) == len(runs[arm])
+        }
+        for arm, curve in curves.items()
+    }
 
 
-def _draw_curve(axis: Axes, curve: dict[int, dict[int, float]], colour: str) -> None:
-    values = [list(seeds.values()) for seeds in curve.values()]
-    if values:
-        axis.plot(list(curve), [np.mean(v) for v in values], "o-", color=colour, markersize=3)
-        low, high = [min(v) for v in values], [max(v) for v in values]
+def _draw_curve(axis: Axes, curve: dict[int, list[float]], colour: str) -> None:
+    if curve:
+        each = list(curve.values())
+        axis.plot(list(curve), [np.mean(e) for e in each], "o-", color=colour, markersize=3)
+        low, high = [min(e) for e in each], [max(e) for e in each]
         axis.fill_between(list(curve), low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _draw_points(axis: Axes, own: list[Point], name: str, colour: str) -> None:
-    known = [(p.mean_of(name), p.each) for p in own if p.mean_of(name) is not None]
+    """A line through the cuts, hollow where a run of the arm undid it; those are crosses."""
+    known = [(p.mean_of(name), p) for p in own if p.mean_of(name) is not None]
     placed = sorted(known, key=lambda pair: pair[0])
+    x = [at for at, _ in placed]
+    mean = np.array([np.mean(p.each) for _, p in placed])
     if placed:
-        mean = np.array([np.mean(each) for _, each in placed])
-        low = mean - [min(each) for _, each in placed]
-        high = [max(each) for _, each in placed] - mean
-        axis.errorbar(
-            [x for x, _ in placed], mean, [low, high], fmt="o-", color=colour, markersize=4
-        )
+        low = mean - [min(p.each) for _, p in placed]
+        high = [max(p.each) for _, p in placed] - mean
+        axis.errorbar(x, mean, [low, high], color=colour)
+    for at, middle, (_, p) in zip(x, mean, placed, strict=True):
+        inside = "white" if p.undone else colour
+        axis.plot(at, middle, "o", color=colour, markersize=5, markerfacecolor=inside)
+    for m in (m for p in own for m in p.undone):
+        if getattr(m, name) is not None:
+            axis.plot(getattr(m, name), m.mean, "x", color=colour, markersize=5)
 
 
 def _shown(value: float | None, form: str) -> str:

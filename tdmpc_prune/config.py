@@ -137,6 +137,9 @@ class FitConfig:
     max_return_drop: float = setting(
         0.05, "fraction of the dense agent's return that may be lost at most"
     )
+    parent: str | None = setting(
+        None, "dense agent to compare with; null takes the one that the checkpoint names"
+    )
     episodes: int = setting(20, "episodes that the best candidates are judged by")
     seed: int = setting(0, "of the episodes' initial states and of the planner")
     env_steps: int | None = setting(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from tdmpc_prune.errors import RunError
@@ -25,5 +26,6 @@ def write_file(path: str | Path, content: str | bytes, setting: str) -> None:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise RunError(f"{setting}={path} cannot be written: {error.strerror}") from error

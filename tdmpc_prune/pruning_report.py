@@ -17,8 +17,9 @@ from tdmpc_prune.pruning.course import Course
 def read_history(run_dir: Path, *kinds: str) -> list[dict[str, Any]]:
     """The lines of some kinds in a run's history, in order."""
     path = run_dir / "history.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [entry for entry in map(json.loads, lines) if entry["kind"] in kinds]
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]  # a line that is being written, or never was finished
+    return [entry for entry in map(json.loads, whole.splitlines()) if entry["kind"] in kinds]
 
 
 def save(run_dir: Path, course: Course) -> list[Path]:

@@ -84,7 +84,7 @@ def measure(run: Run) -> None:
     if found is None:
         return
     course, now = run.course, run.now
-    if not course.stage.changes:
+    if course.sparsity == 0:
         run.keep(parent_dir(run.run_dir))
     measured, more = found
     moment, record = course.measured(now, measured)

@@ -78,9 +78,10 @@ def resume(config: TrainConfig, given: list[str]) -> Trainer:
 def _begun(trainer: Trainer) -> Trainer:
     """Note where the run's agent comes from: the command, and its dense parent's networks."""
     trainer.commands.append(read_command(trainer.run_dir))
-    start_from, kept = trainer.config.start_from, parent_dir(trainer.run_dir)
-    parent = dense_parent(start_from) if start_from else None
-    if parent and not kept.exists():
+    config, kept = trainer.config, parent_dir(trainer.run_dir)
+    parent = dense_parent(config.start_from) if config.start_from else None
+    to_be_pruned = config.prune.method != "none" or not trainer.agent().is_dense
+    if parent and to_be_pruned and not kept.exists():
         save_agent(kept, parent)
     return trainer
 

@@ -10,7 +10,7 @@ actions anew.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tdmpc_prune.checkpoint import (
     load_training,
     save_agent,
     save_checkpoint,
+    write_agent,
 )
 from tdmpc_prune.compression import agent_course
 from tdmpc_prune.config import TrainConfig, to_plain
@@ -338,7 +339,7 @@ class Trainer:
 
         None if a signal comes meanwhile.
         """
-        agent = [self.learner.updates, self.course.stage.changes if self.course else 0]
+        agent = self._version()
         if self._evaluated == agent and len(self.last_evaluation.returns) >= episodes:
             return self.last_evaluation.first(episodes)
         self.log.progress(doing="evaluating")
@@ -356,6 +357,10 @@ class Trainer:
             self.last_evaluation, self._evaluated = evaluation, agent
             self.log.progress(doing="training")
         return evaluation
+
+    def _version(self) -> list[int]:
+        """Equal as long as the agent is the same: its updates, and the changes by pruning."""
+        return [self.learner.updates, self.course.stage.changes if self.course else 0]
 
     # --- For its pruning, see `pruning_steps.Run` --------------------------------------------
 
@@ -393,8 +398,10 @@ class Trainer:
     def agent(self) -> SavedAgent:
         """The agent as it is now."""
         progress, evaluation = self.progress, self.last_evaluation
+        if self._evaluated != self._version():
+            evaluation = None  # it is of other weights
         parent = pruning_steps.parent_dir(self.run_dir)
-        return SavedAgent(
+        agent = SavedAgent(
             model=self.model,
             config=self.config.model,
             task=self.config.task,
@@ -408,8 +415,8 @@ class Trainer:
                 "commands": self.commands,
             }
             | ({"pruning": self.course.provenance()} if self.course else {}),
-            parent=parent if parent.exists() else None,
         )
+        return agent if agent.is_dense or not parent.exists() else replace(agent, parent=parent)
 
     def save(self) -> Path:
         """Save everything that the rest of the run depends on."""
@@ -439,7 +446,10 @@ class Trainer:
         files = {"training": tensors, "replay": self.replay.state()}
         if self.course:
             training["pruning"], files["pruning"] = self.course.state()
-        return save_checkpoint(self.run_dir, self.agent(), training, files)
+        agent = self.agent()
+        return save_checkpoint(
+            self.run_dir, self.now, lambda part: write_agent(part, agent), training, files
+        )
 
     def load(self, folder: Path) -> None:
         """Take up the state that `save` wrote.

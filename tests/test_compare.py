@@ -14,7 +14,7 @@ from tests.test_command_line import run
 def write_run(folder, method, seed, history, **settings):
     folder.mkdir(parents=True)
     values = {"task": "cartpole-swingup", "seed": seed, "prune": {"method": method, "steps": 8}}
-    values |= {"run_dir": str(folder), "start_from": None} | settings
+    values |= {"run_dir": str(folder), "start_from": None, "eval_every": 100} | settings
     (folder / "run.json").write_text(json.dumps({"settings": values, "command": ["train.py"]}))
     (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
     return folder
@@ -63,7 +63,9 @@ def test_points_are_the_last_settled_measurement_of_each_network(folders):
     measured, without = compare.read(compare.find_runs([folders]))
     assert [path.name for path in without] == ["starting"]
     found = {(p.arm, p.cut): p for p in compare.points(measured)}
-    assert set(found) == {("dense", 0), ("bayesian", 0), ("bayesian", 1)}  # the 2nd was undone
+    assert set(found) == {("dense", 0), ("bayesian", 0), ("bayesian", 1), ("bayesian", 2)}
+    assert found["bayesian", 2].last == []  # it was undone
+    assert [m.mean for m in found["bayesian", 2].undone] == [50, -50]
     assert found["bayesian", 0].each == [800, 700]
     assert found["bayesian", 1].each == [800, 700]
     assert found["bayesian", 1].mean_of("sparsity") == 0.5
@@ -77,11 +79,11 @@ def test_table_csv_and_picture(folders):
     (row,) = [line for line in done.stdout.splitlines() if "| bayesian" in line and "500" in line]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells == [
-        *("cartpole-swingup", "bayesian", "1", "2", "300", "0.500", "500", "5,000", "6.0"),
+        *("cartpole-swingup", "bayesian", "1", "2", "", "300", "0.500", "500", "5,000", "6.0"),
         *("750 (800, 700)", "75%"),
     ]
     assert "left out: " in done.stdout and "starting" in done.stdout
-    assert "| dense    | 100         | 1       | 700" in (folders / "here.md").read_text()
+    assert "| dense    | 100         | 1      | 700" in (folders / "here.md").read_text()
     rows = list(csv.DictReader(io.StringIO((folders / "here.csv").read_text())))
     episodes = 3 + 2 * 8
     assert len(rows) == episodes
@@ -103,6 +105,33 @@ def test_what_sets_an_arm_apart_is_in_its_name(tmp_path):
         "c": "bayesian prune.steps=8",
         "d": "bayesian of a finished agent prune.steps=8",
     }
+
+
+def test_runs_of_one_seed_are_not_mixed_up(tmp_path):
+    for name, value in (("a", 100.0), ("b", 200.0), ("c", 300.0)):
+        history = [evaluation(100, [value], **DENSE)]
+        settings = {"start_from": f"runs/{name}", "env_steps": 50_000 + int(value)}
+        write_run(tmp_path / name, "bayesian", 1, history, **settings)
+    (point,) = compare.points(compare.read(compare.find_runs([tmp_path]))[0])
+    assert sorted(point.each) == [100, 200, 300]
+    assert point.arm == "bayesian of a finished agent"
+
+
+def test_curves_meet_where_episodes_end_at_different_times(tmp_path):
+    for seed, late in ((1, 3), (2, 19)):
+        history = [
+            evaluation(100 + late, [10.0 * seed], **DENSE),
+            evaluation(200 + late, [20.0 * seed], **DENSE),
+        ]
+        write_run(tmp_path / str(seed), "none", seed, history)
+    (curve,) = compare._curves(compare.read(compare.find_runs([tmp_path]))[0]).values()
+    assert curve == {100: [10.0, 20.0], 200: [20.0, 40.0]}
+
+
+def test_a_line_that_was_never_finished_is_left_out(folders):
+    with (folders / "dense1" / "history.jsonl").open("a") as history:
+        history.write('{"kind": "evaluation", "env_st')
+    assert len(compare.read([folders / "dense1"])[0]) == 2
 
 
 def test_histories_of_older_releases_lack_sizes(tmp_path):

@@ -16,10 +16,11 @@ from tdmpc_prune import export as exporting
 from tdmpc_prune.agent.config import AgentConfig, PlannerConfig
 from tdmpc_prune.agent.planner import PlannerNoise, first_means, plan
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.checkpoint import SavedAgent, save_agent
+from tdmpc_prune.checkpoint import SavedAgent, load_agent, save_agent
 from tdmpc_prune.errors import RunError, UserError
 from tests.test_command_line import ROOT, run
 
+POLICY = "cartpole-swingup-policy.onnx"
 PLANNER = PlannerConfig(horizon=3, iterations=2, samples=24, elites=6)
 
 
@@ -48,6 +49,7 @@ def test_an_export_agrees_with_pytorch_and_says_how_to_use_it(graphs, part):
     assert done.difference <= 1e-4
     about = json.loads(done.sidecar.read_text())
     assert about["largest_difference_to_pytorch"] == done.difference
+    assert about["of_these_decided_by_rounding"] == done.jumps <= 10
     assert about["sha256"] == hashlib.sha256(done.graph.read_bytes()).hexdigest()
     assert about["control_period_seconds"] == pytest.approx(0.08) and about["action_repeat"] == 8
     assert about["observation"] == [
@@ -61,7 +63,7 @@ def test_an_export_agrees_with_pytorch_and_says_how_to_use_it(graphs, part):
     ):
         assert [(p.name, p.shape) for p in ports] == [(p["name"], p["shape"]) for p in described]
     assert sorted(path.name for path in done.graph.parent.iterdir()) == [
-        *("planner.json", "planner.onnx", "policy.json", "policy.onnx")
+        *("planner.onnx", "planner.onnx.json", "policy.onnx", "policy.onnx.json")
     ]
 
 
@@ -123,8 +125,9 @@ def test_commands(agent, tmp_path):
     done = run("run_exported.py", "cartpole-swingup-policy.onnx", "1", cwd=tmp_path)
     assert done.returncode == 0 and "over 1 episodes" in done.stdout, done.stderr
     for script, arguments, message in (
-        ("run_exported.py", ["cartpole-swingup-policy.onnx", "1", "walker-walk"], "takes observ"),
+        ("run_exported.py", [POLICY, "1", "walker-walk"], "takes observations of 5 numbers"),
         ("run_exported.py", ["gone.onnx"], "must both be there"),
+        ("run_exported.py", [POLICY, "1", "cartpole-swngup"], "unknown task"),
         ("export.py", ["checkpoint=agent", "format=tflite"], "format=tflite is not known"),
         ("export.py", ["checkpoint=agent", "part=encoder"], "part=encoder must be"),
         ("export.py", ["checkpoint=agent", "out=x.pb"], "out=x.pb must end in .onnx"),
@@ -135,7 +138,7 @@ def test_commands(agent, tmp_path):
         lines = done.stderr.strip().splitlines()
         assert len(lines) == 1 and message in lines[0], done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("agent", "cartpole-swingup-policy.json", "cartpole-swingup-policy.onnx")
+        *("agent", "cartpole-swingup-policy.onnx", "cartpole-swingup-policy.onnx.json")
     ]
 
 
@@ -145,6 +148,44 @@ def test_a_graph_that_differs_is_not_saved(agent, tmp_path, monkeypatch):
     with pytest.raises(RunError, match="differs from PyTorch"):
         exporting.export(agent, "policy", tmp_path / "policy.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_into_a_checkpoint_leaves_it_whole(agent, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "CHECKED", 3)
+    save_agent(tmp_path / "agent", agent)
+    exporting.export(agent, "policy", tmp_path / "agent" / "agent.onnx")
+    load_agent(tmp_path / "agent")
+    (tmp_path / "taken.onnx.json").mkdir()
+    with pytest.raises(RunError, match="it is a folder"):
+        exporting.export(agent, "policy", tmp_path / "taken.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["agent", "taken.onnx.json"]
+
+
+def test_observations_that_hang_on_rounding_are_told_from_a_wrong_graph(agent, monkeypatch):
+    class Step(torch.nn.Module):
+        def forward(self, x):
+            return (torch.where(x > 1, 1.0, 0.0),)
+
+    class Session:
+        def __init__(self, shift):
+            self.shift = shift
+
+        def run(self, _, fed):
+            return [(fed["observation"] > 1 + self.shift).astype(np.float32)]
+
+    monkeypatch.setattr(exporting, "CHECKED", 200)
+    port = [exporting.Port("observation", (1,), "")]
+
+    def near_the_step(ports, generator):
+        return [1 + 3e-7 * torch.randn(port.shape, generator=generator) for port in ports]
+
+    monkeypatch.setattr(exporting, "_draw", near_the_step)
+    generator = torch.Generator().manual_seed(0)
+    check = exporting._compare(Step(), Session(2e-7), port, generator)
+    assert check.difference <= 1e-4 and check.jumps > 20
+    monkeypatch.setattr(exporting, "_draw", lambda ports, g: [1 + torch.rand(1, generator=g)])
+    check = exporting._compare(Step(), Session(0.5), port, generator)
+    assert check.difference == 1 and check.jumps == 0
 
 
 def test_the_extra_is_named_when_it_is_missing(agent, tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def test_the_largest_fast_budgets_are_those_of_brute_force(limit, powers):
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=12))
 def test_the_frontier_is_what_nothing_beats(pairs):
     candidates = [
-        fit.Candidate("a", 1, 0.0, i, 1, 1, float(ms), (float(mean),))
+        fit.Candidate("a", 1, 0.0, i, 1, 1, float(ms), (float(mean), 5.0), 1)
         for i, (ms, mean) in enumerate(pairs)
     ]
     for c in candidates:
@@ -77,20 +77,23 @@ def test_the_frontier_is_what_nothing_beats(pairs):
             o
             for o in candidates
             if o.decision_ms <= c.decision_ms
-            and o.mean >= c.mean
-            and (o.decision_ms, o.mean) != (c.decision_ms, c.mean)
+            and o.first_mean >= c.first_mean
+            and (o.decision_ms, o.first_mean) != (c.decision_ms, c.first_mean)
         ]
         assert (c in fit.frontier(candidates)) == (not better)
 
 
-def search_with(returns, monkeypatch, **settings):
+def search_with(returns, monkeypatch, confirmed_ms=4.0, **settings):
     """A search among made-up networks; `returns` maps a network's name to its return."""
     config = replace(PRESETS["default"], planner=PlannerConfig(samples=64))
     agents = {name: SavedAgent(name, config, "x", 1, {}) for name in returns}
     monkeypatch.setattr(fit, "agent_size", lambda *_: {"parameters": 1, "sparsity": 0.0})
-    monkeypatch.setattr(
-        fit, "decision_milliseconds", lambda pair, repeats: [[pair[1].planner.samples / 8]]
-    )
+
+    def times(pair, repeats):
+        first_look = repeats < fit._CONFIRMING_REPEATS
+        return [[pair[1].planner.samples / 8 if first_look else confirmed_ms]]
+
+    monkeypatch.setattr(fit, "decision_milliseconds", times)
 
     def measure(agent, episodes, seed):
         value = returns[agent.model]
@@ -108,8 +111,16 @@ def test_the_best_return_wins_and_is_confirmed_on_other_episodes(monkeypatch):
     lucky = search_with(
         {"a": 90.0, "b": lambda seed: 99.0 if seed < 20 else 10.0, "c": 97.0}, monkeypatch
     )
-    assert lucky.fitted.model == "c"
-    assert search_with({"a": 90.0, "b": 94.0}, monkeypatch).fitted is None
+    assert lucky.fitted.model == "c" and len(lucky.confirmations) == 2
+    none = search_with({"a": 90.0, "b": 94.0}, monkeypatch)
+    assert none.fitted is None
+    assert "returned 94.0, and 95.0 is needed" in str(fit.failure(none, FitConfig("x")))
+
+
+def test_a_second_look_at_the_time_counts(monkeypatch):
+    slow_later = search_with({"a": 99.0}, monkeypatch, confirmed_ms=7.0)
+    assert slow_later.fitted is None
+    assert "took 7.00 ms per decision and more" in str(fit.failure(slow_later, FitConfig("x")))
 
 
 def test_fit_as_typed(pruned_run, tmp_path):
@@ -133,7 +144,8 @@ def test_an_unreachable_rate_says_what_was_reached_and_saves_nothing(pruned_run,
     shutil.copytree(pruned_run, tmp_path / "run")
     dense = tmp_path / "run/agents/dense/agent.json"
     description = json.loads(dense.read_text())
-    description["provenance"]["returns"] = [1e6]  # that no other agent reaches
+    # A return that no other agent reaches.
+    description["provenance"]["evaluation"] = {"returns": [1e6, 1e6]}
     dense.write_text(json.dumps(description))
     for rate, message in (
         ("1e6", "too slow; nothing was saved"),

@@ -136,7 +136,7 @@ def test_a_crash_during_a_save_leaves_the_checkpoint_before(copy, monkeypatch):
     """At each file that is written, and at the renaming."""
     whole = load_agent(copy).model.state_dict()
     trainer = runs.resume(small_config(copy, resume=str(copy)), ["resume"])
-    for function in ("_write_json", "_save", "_flush", "os.replace"):
+    for function in ("write_json", "save_tensors", "_flush", "os.replace"):
         calls = 0
 
         def crash(*_, **__):

@@ -54,7 +54,8 @@ class Autoencoder(nn.Module):
         self.widths = widths
         build = _convolutional if widths.convolutional else _fully_connected
         self.encoder, self.decoder = (
-            tag(part, name) for part, name in zip(build(widths), ("encoder", "decoder"), strict=True)
+            tag(part, name)
+            for part, name in zip(build(widths), ("encoder", "decoder"), strict=True)
         )
 
     def encode(self, images: Tensor) -> Tensor:
@@ -75,7 +76,8 @@ def smallest_sides(height: int, width: int, layers: int) -> tuple[int, int]:
 def _convolutional(widths: Widths) -> tuple[nn.Sequential, nn.Sequential]:
     """Strided convolutions to a latent vector, and transposed ones back."""
     sides = [
-        smallest_sides(widths.height, widths.width, depth) for depth in range(len(widths.encoder) + 1)
+        smallest_sides(widths.height, widths.width, depth)
+        for depth in range(len(widths.encoder) + 1)
     ]
     encoder: list[nn.Module] = []
     channels = 1
@@ -90,7 +92,9 @@ def _convolutional(widths: Widths) -> tuple[nn.Sequential, nn.Sequential]:
     decoder += [nn.Unflatten(1, (-1, *sides[-1]))]
     for depth, (reads, writes) in enumerate(zip(widths.decoder, [*rest, 1], strict=True)):
         here, next_ = sides[-1 - depth], sides[-2 - depth]
-        grown = tuple(big - ((small - 1) * _STRIDE + 1) for big, small in zip(next_, here, strict=True))
+        grown = tuple(
+            big - ((small - 1) * _STRIDE + 1) for big, small in zip(next_, here, strict=True)
+        )
         decoder += [nn.ConvTranspose2d(reads, writes, 3, _STRIDE, padding=1, output_padding=grown)]
         decoder += [nn.ELU() if writes != 1 or depth < len(rest) else nn.Sigmoid()]
     return nn.Sequential(*encoder), nn.Sequential(*decoder)
