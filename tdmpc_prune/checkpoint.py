@@ -135,14 +135,24 @@ def save_agent(target: Path, agent: SavedAgent, files: Mapping[str, bytes] | Non
         UserError: the folder exists.
         RunError: it could not be written; nothing is left behind.
     """
-    if target.exists():
-        raise UserError(f"'{target}' exists already; choose another folder")
 
     def write(part: Path) -> None:
         write_agent(part, agent)
         for name, content in (files or {}).items():
             (part / name).write_bytes(content)
 
+    save_folder(target, write)
+
+
+def save_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Save networks in a new folder, which `write` fills: whole, or not at all.
+
+    Raises:
+        UserError: the folder exists.
+        RunError: it could not be written; nothing is left behind.
+    """
+    if target.exists():
+        raise UserError(f"'{target}' exists already; choose another folder")
     write_folder(target, write)
 
 

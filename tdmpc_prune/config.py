@@ -14,6 +14,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tdmpc_prune.agent.config import PRESETS, AgentConfig
+from tdmpc_prune.autoencoder.config import DataConfig
+from tdmpc_prune.autoencoder.config import LearningConfig as AutoencoderLearningConfig
+from tdmpc_prune.autoencoder.config import NetworkConfig as AutoencoderNetworkConfig
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning.config import METRICS, PruneConfig
 from tdmpc_prune.settings import require, setting
@@ -53,6 +56,35 @@ class TrainConfig:
             require(value >= 1, f"{name}={value} must be at least 1")
         require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31)")
         check_machine(self.device, self.threads)
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """A training run of an autoencoder."""
+
+    data: DataConfig = setting(DataConfig, "the images")
+    network: AutoencoderNetworkConfig = setting(AutoencoderNetworkConfig, "its widths")
+    learning: AutoencoderLearningConfig = setting(AutoencoderLearningConfig, "its update")
+    prune: PruneConfig = setting(
+        lambda: PruneConfig(min_width=4, round_to=2), "whether and how to compress while training"
+    )
+    seed: int = setting(1, "of everything random")
+    updates: int = setting(8_000, "length of the training")
+    eval_every: int = setting(500, "updates between measurements, each saved as a checkpoint")
+    threads: int = setting(1, "CPU threads")
+    run_dir: str | None = setting(
+        None, "folder of the run; null takes runs/autoencoder-<data>/<prune>/seed<seed>"
+    )
+    resume: str | None = setting(
+        None, "folder of a run to go on with; only updates and threads may be changed"
+    )
+
+    def __post_init__(self):
+        for name in ("updates", "eval_every"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name}={value} must be at least 1")
+        require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31)")
+        check_machine("cpu", self.threads)
 
 
 @dataclass(frozen=True)
@@ -224,6 +256,7 @@ def check_machine(device: str, threads: int) -> None:
 
 COMMANDS = {
     "train": TrainConfig,
+    "train_autoencoder": AutoencoderConfig,
     "prune": PruneCheckpointConfig,
     "groups": GroupsConfig,
     "evaluate": EvaluateConfig,
@@ -256,7 +289,7 @@ def _overridable(config: Any) -> DictConfig:
         if not dataclasses.is_dataclass(OmegaConf.get_type(part)):
             OmegaConf.set_struct(part, False)  # a plain dict takes any key
         for key in part:
-            if OmegaConf.is_config(part._get_node(key)):
+            if OmegaConf.is_dict(part._get_node(key)):
                 thaw(part[key])
 
     thaw(node)

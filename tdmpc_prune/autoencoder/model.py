@@ -66,19 +66,11 @@ class Autoencoder(nn.Module):
         return self.decoder(self.encode(images)).view(images.shape)
 
 
-def smallest_sides(height: int, width: int, layers: int) -> tuple[int, int]:
-    """Sides of the feature maps after so many convolutions."""
-    for _ in range(layers):
-        height, width = -(-height // _STRIDE), -(-width // _STRIDE)
-    return height, width
-
-
 def _convolutional(widths: Widths) -> tuple[nn.Sequential, nn.Sequential]:
     """Strided convolutions to a latent vector, and transposed ones back."""
-    sides = [
-        smallest_sides(widths.height, widths.width, depth)
-        for depth in range(len(widths.encoder) + 1)
-    ]
+    sides = [(widths.height, widths.width)]
+    for _ in widths.encoder:
+        sides.append(tuple(-(-side // _STRIDE) for side in sides[-1]))
     encoder: list[nn.Module] = []
     channels = 1
     for count in widths.encoder:

@@ -1,0 +1,17 @@
+"""Train an autoencoder. `python scripts/train_autoencoder.py --help` lists every setting."""
+
+import sys
+
+from tdmpc_prune import autoencoder_training
+from tdmpc_prune.command_line import run_command
+from tdmpc_prune.config import AutoencoderConfig
+
+
+def train(config: AutoencoderConfig, given: list[str]) -> None:
+    """Train an autoencoder on real images, or go on with a run (resume=<its folder>)."""
+    start, resume = autoencoder_training.start, autoencoder_training.resume
+    autoencoder_training.finish(resume(config, given) if config.resume else start(config, sys.argv))
+
+
+if __name__ == "__main__":
+    run_command("train_autoencoder", train)
