@@ -50,10 +50,10 @@ _IMPORTANCES = 5  # times that importance is logged per evaluation
 
 def autoencoder_computation(model: Autoencoder) -> Computation:
     """All that is done with the network: its loss, and, counted, one reconstruction."""
-    widths = model.widths
+    widths, dtype = model.widths, next(model.parameters()).dtype
 
     def images(count: int) -> Tensor:
-        return torch.zeros(count, 1, widths.height, widths.width, device="meta")
+        return torch.zeros(count, 1, widths.height, widths.width, device="meta", dtype=dtype)
 
     def update(networks: dict[str, nn.Module]) -> Tensor:
         return F.mse_loss(networks["model"](images(2)), images(2))
@@ -256,7 +256,7 @@ class AutoencoderTrainer:
         known = self._measured == [self.now, self.course.stage.changes if self.course else 0]
         description = {
             "format": FORMAT,
-            "widths": dataclasses.asdict(Widths.of_weights(self.dense, weights)),
+            "widths": dataclasses.asdict(self.model.widths),
             "config": to_plain(self.config),
             "provenance": {
                 "updates": self.now,
@@ -295,7 +295,7 @@ class AutoencoderTrainer:
         axes = figure.subplots(len(rows), _SHOWN)
         for line, (name, images) in zip(axes, rows.items(), strict=True):
             for axis, image in zip(line, images, strict=True):
-                axis.imshow(image[0], cmap="gray", vmin=0, vmax=1)
+                axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
                 axis.set_xticks([])
                 axis.set_yticks([])
             line[0].set_ylabel(name, fontsize=9)

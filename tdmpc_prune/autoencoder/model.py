@@ -51,12 +51,17 @@ class Autoencoder(nn.Module):
 
     def __init__(self, widths: Widths):
         super().__init__()
-        self.widths = widths
+        self._built_with = widths
         build = _convolutional if widths.convolutional else _fully_connected
         self.encoder, self.decoder = (
             tag(part, name)
             for part, name in zip(build(widths), ("encoder", "decoder"), strict=True)
         )
+
+    @property
+    def widths(self) -> Widths:
+        """The present structure, read off the weights, so that it is true after any surgery."""
+        return Widths.of_weights(self._built_with, self.state_dict())
 
     def encode(self, images: Tensor) -> Tensor:
         """`[B, 1, H, W]` → latent `[B, D]`."""
