@@ -172,16 +172,39 @@ def make_plan(
                 f"prune.protect={config.protect} (with the floors) leaves nothing that may be cut"
             )
         raise UserError(_unreachable(structure, floors, config, sparsity, left, allowed))
-    parameters, macs = structure.parameters(), structure.macs()
+    order = {name: units for name, (units, _) in ranked.items()}
+    return plan_of(structure, order, after, (config.method, config.allocation), sparsity, dense)
+
+
+def plan_of(
+    structure: Structure,
+    order: Mapping[str, np.ndarray],
+    after: Mapping[str, int],
+    how: tuple[str, str],
+    sparsity: float,
+    dense: Mapping[str, int],
+) -> Plan:
+    """The plan that leaves these widths.
+
+    Args:
+        structure: the present groups.
+        order: group → its units, least important first.
+        after: group → units that stay.
+        how: method and allocation that chose them.
+        sparsity: that was asked for.
+        dense: component → parameters of the dense network.
+    """
+    widths, parameters, macs = structure.widths, structure.parameters(), structure.macs()
     parameters_after, macs_after = structure.parameters(after), structure.macs(after)
+    method, allocation = how
     return Plan(
-        method=config.method,
-        allocation=config.allocation,
+        method=method,
+        allocation=allocation,
         sparsity=sparsity,
         dense_parameters=sum(dense.values()),
         widths=widths,
         removed={
-            name: sorted(ranked[name][0][: widths[name] - after[name]].tolist())
+            name: sorted(order[name][: widths[name] - after[name]].tolist())
             for name in widths
             if after[name] < widths[name]
         },

@@ -1,0 +1,408 @@
+"""How much to take from each group, found by grid search or by gradient descent.
+
+IMPORTANCE (Sundaram et al. 2026) finds pruning coefficients by grid search and by gradient-based
+optimisation; no formula is published. The soft mask, the constraint and the repair here are ours.
+
+A coefficient c is the fraction of a group's units that goes, least important first. A unit whose
+rank among them is r in (0, 1) has the soft mask sigmoid((r - c) / tau): all of its parameters are
+multiplied by it, and norms weigh their channels by it. As tau goes to 0 the network becomes the one
+that is cut. The fraction of parameters that is gone follows from the sums of the masks, so both it
+and the loss can be differentiated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from tdmpc_prune.errors import UserError
+from tdmpc_prune.pruning.config import PruneConfig
+from tdmpc_prune.pruning.groups import Structure
+from tdmpc_prune.pruning.plan import Plan, plan_of, width_floors
+
+Objective = Callable[[dict[str, nn.Module]], Tensor]  # networks → the loss of one batch
+Metric = Callable[[Plan], float]  # a plan → the task metric of the network cut by it; higher wins
+
+_STEPS = 400  # of gradient descent
+_RATE = 0.01  # of Adam, on the coefficients
+_FIRST_TAU, _LAST_TAU = 0.2, 0.01
+_SLACK = 3.0  # times tau that a coefficient may lie beyond its range meanwhile
+_PENALTY = 100.0  # of the squared violation of the constraint
+_FIRST_GRID = (0.0, 0.5, 1.0)  # shares of each component's largest coefficient
+_REFINEMENTS = (0.25, 0.125)  # steps of the finer grids around the best
+
+
+class Ranking:
+    """The units of every group from least to most important, and what may be taken."""
+
+    def __init__(
+        self,
+        structure: Structure,
+        densities: np.ndarray,
+        config: PruneConfig,
+        dense: Mapping[str, int],
+    ):
+        """Rank the units.
+
+        Args:
+            structure: the groups.
+            densities: `[U]` importance per parameter of each unit, all groups in their order.
+            config: floors and protection; widths are not rounded.
+            dense: component → parameters of the dense network.
+        """
+        self.structure = structure
+        self.dense = dense
+        self.floors = width_floors(structure, replace(config, round_to=1))
+        cuts = np.cumsum(list(structure.widths.values()))[:-1]
+        parts = np.split(densities, cuts)
+        names = list(structure.widths)
+        self.order = {n: np.argsort(p, kind="stable") for n, p in zip(names, parts, strict=True)}
+        self.rank = {}  # group → rank of each unit in (0, 1)
+        for name, order in self.order.items():
+            rank = np.empty(len(order))
+            rank[order] = (np.arange(len(order)) + 0.5) / len(order)
+            self.rank[name] = torch.from_numpy(rank).float()
+        self.largest = {
+            name: 1 - self.floors[name] / width for name, width in structure.widths.items()
+        }
+
+    def masks(self, coefficients: Mapping[str, Tensor], tau: float) -> dict[str, Tensor]:
+        """Group → soft mask of its units `[width]`: 1 stays, 0 is gone."""
+        return {
+            name: torch.sigmoid((rank - coefficients[name]) / tau)
+            for name, rank in self.rank.items()
+        }
+
+    def sparsity(self, widths: Mapping[str, Tensor | int]) -> Tensor | float:
+        """Fraction of the dense parameters that is gone at these widths, soft ones or whole."""
+        left = sum(size.at(widths) for size in self.structure.parameter_sizes)
+        return 1 - left / sum(self.dense.values())
+
+    def plan(
+        self, coefficients: Mapping[str, float], sparsity: float, tolerance: float, method: str
+    ) -> Plan:
+        """The plan closest to these coefficients whose sparsity is within the tolerance.
+
+        All coefficients are moved by the same share of what is left of them, or of their room,
+        until just enough is gone; single units then make up for the rounding.
+
+        Raises:
+            UserError: it cannot be reached.
+        """
+        widths, largest = self.structure.widths, self.largest
+
+        def moved(by: float) -> dict[str, int]:
+            after = {}
+            for name, width in widths.items():
+                c = min(max(float(coefficients[name]), 0.0), largest[name])
+                c = c + by * (largest[name] - c) if by > 0 else c * (1 + by)
+                after[name] = max(self.floors[name], width - math.floor(c * width + 0.5))
+            return after
+
+        if self.sparsity(self.floors) < sparsity:
+            raise UserError(
+                f"sparsity {sparsity:g} cannot be reached: with every width at its floor it is "
+                f"{self.sparsity(self.floors):.3f}; lower it, prune.min_width or prune.protect"
+            )
+        low, high = -1.0, 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (
+                (low, middle) if self.sparsity(moved(middle)) >= sparsity else (middle, high)
+            )
+        after = self._give_back(moved(high), sparsity)
+        if self.sparsity(after) > sparsity + tolerance:
+            raise UserError(
+                f"sparsity {sparsity:g} cannot be met within {tolerance:g}: a single unit more or "
+                f"less makes {self.sparsity(after):.4f}; allow more tolerance"
+            )
+        return plan_of(
+            self.structure, self.order, after, (method, "coefficients"), sparsity, self.dense
+        )
+
+    def _give_back(self, after: dict[str, int], sparsity: float) -> dict[str, int]:
+        """Give units back as long as enough is gone: the largest that still fits, first."""
+        while True:
+            options = [
+                after | {name: after[name] + 1}
+                for name, width in self.structure.widths.items()
+                if after[name] < width
+            ]
+            options = [widths for widths in options if self.sparsity(widths) >= sparsity]
+            if not options:
+                return after
+            after = min(options, key=self.sparsity)
+
+
+# --- The soft-masked networks -----------------------------------------------------------------
+
+
+class _Holder(nn.Module):
+    """Networks as one module, so that all their parameters can be replaced for one call."""
+
+    def __init__(self, networks: Mapping[str, nn.Module]):
+        super().__init__()
+        self.networks = nn.ModuleDict(networks)
+
+    def forward(self, objective: Objective) -> Tensor:
+        return objective(dict(self.networks))
+
+
+class _MaskedNorms(TorchFunctionMode):
+    """LayerNorm and GroupNorm whose statistics weigh each channel by its mask."""
+
+    def __init__(self, channel_masks: dict[int, Tensor]):
+        super().__init__()
+        self._masks = channel_masks  # id of the norm's (masked) weight → mask of its channels
+        self.bare: Tensor | None = None  # the same for the norm that runs next, without weights
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.layer_norm:
+            return self._layer_norm(*args, **kwargs)
+        if func is F.group_norm:
+            return self._group_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _mask(self, weight: Tensor | None) -> Tensor | None:
+        mask, self.bare = self.bare, None
+        return mask if weight is None else self._masks.get(id(weight))
+
+    def _layer_norm(self, x, shape, weight=None, bias=None, eps=1e-5) -> Tensor:
+        mask = self._mask(weight)
+        if mask is None:
+            return F.layer_norm(x, shape, weight, bias, eps)
+        dims = tuple(range(-len(shape), 0))
+        normal = _weighted(x, mask, dims, eps)
+        return normal if weight is None else normal * weight + bias
+
+    def _group_norm(self, x, groups, weight=None, bias=None, eps=1e-5) -> Tensor:
+        mask = self._mask(weight)
+        if mask is None:
+            return F.group_norm(x, groups, weight, bias, eps)
+        split = x.reshape(len(x), groups, -1, *x.shape[2:])
+        ones = (1,) * (x.dim() - 2)
+        dims = tuple(range(2, split.dim()))
+        normal = _weighted(split, mask.reshape(groups, -1, *ones), dims, eps).reshape(x.shape)
+        return normal * weight.reshape(-1, *ones) + bias.reshape(-1, *ones)
+
+
+def _weighted(x: Tensor, mask: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """`x` normalised by the mean and variance of its channels, weighed by their masks."""
+    weights = mask.expand_as(x)
+    total = weights.sum(dims, keepdim=True)
+    mean = (weights * x).sum(dims, keepdim=True) / total
+    variance = (weights * (x - mean).square()).sum(dims, keepdim=True) / total
+    return (x - mean) / torch.sqrt(variance + eps)
+
+
+def masked(
+    objective: Objective,
+    networks: Mapping[str, nn.Module],
+    structure: Structure,
+    masks: Mapping[str, Tensor],
+) -> Tensor:
+    """What `objective` returns of the networks with their units masked.
+
+    Args:
+        objective: gets the networks by name.
+        networks: those that the structure was found in.
+        structure: their groups.
+        masks: group → `[width]`.
+
+    Raises:
+        UserError: a norm without weights lies on a prunable width.
+    """
+    parameters = {
+        (network, name): parameter
+        for network, module in networks.items()
+        for name, parameter in module.named_parameters()
+    }
+    scales: dict[tuple[str, str], dict[int, Tensor]] = {}
+    for group in structure.groups:
+        mask = masks[group.name]
+        for part in group.slices:
+            place = (part.network, part.tensor)
+            if place not in parameters:
+                continue  # a buffer: what it describes is multiplied by the masked weight
+            dims = scales.setdefault(place, {})
+            size = parameters[place].shape[part.dim]
+            before = dims.get(part.dim, torch.ones(size))
+            index = torch.from_numpy(part.index)
+            own = mask[torch.from_numpy(part.unit)].to(before.dtype)
+            dims[part.dim] = before.index_copy(0, index, own)
+    replaced, channel_masks = {}, {}
+    for place, dims in scales.items():
+        value = parameters[place]
+        for dim, scale in dims.items():
+            shape = [-1 if d == dim else 1 for d in range(value.dim())]
+            value = value * scale.to(value.dtype).reshape(shape)
+        replaced[f"networks.{place[0]}.{place[1]}"] = value
+        if value.dim() == 1:
+            channel_masks[id(value)] = dims[0].to(value.dtype)
+    norms = _MaskedNorms(channel_masks)
+    with norms, _bare_norms_told(norms, networks, structure, masks):
+        return torch.func.functional_call(_Holder(networks), replaced, (objective,))
+
+
+@contextlib.contextmanager
+def _bare_norms_told(
+    norms: _MaskedNorms,
+    networks: Mapping[str, nn.Module],
+    structure: Structure,
+    masks: Mapping[str, Tensor],
+) -> Iterator[None]:
+    """Before a LayerNorm without weights runs, hand over the mask of its channels."""
+    with contextlib.ExitStack() as stack:
+        for network, path, (fixed, parts) in structure.bare_norms:
+            if fixed or len(parts) != 1 or parts[0][1] != 1:
+                raise UserError(
+                    f"norm '{path}' of '{network}' has no weights, and its channels are not one "
+                    f"to a unit: it cannot be masked softly; give it weights"
+                )
+            norm, mask = networks[network].get_submodule(path), masks[parts[0][0]]
+            hook = norm.register_forward_pre_hook(
+                lambda module, inputs, mask=mask: setattr(norms, "bare", mask.to(inputs[0].dtype))
+            )
+            stack.callback(hook.remove)
+        yield
+
+
+# --- The two searches -------------------------------------------------------------------------
+
+
+def by_gradient(
+    ranking: Ranking,
+    networks: Mapping[str, nn.Module],
+    objective: Objective,
+    sparsity: float,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> tuple[dict[str, float], int]:
+    """Coefficients by gradient descent on the loss of the soft-masked networks.
+
+    The logarithm of the loss is minimised, so that its scale does not matter, under an augmented
+    Lagrangian for the sparsity; tau falls from step to step.
+
+    Args:
+        ranking: of the units.
+        networks: that the structure was found in.
+        objective: the loss of a new batch at each call.
+        sparsity: to be reached.
+        progress: told steps done, and of how many.
+
+    Returns:
+        Group → coefficient, and how often the objective was evaluated.
+    """
+    names = [name for name, most in ranking.largest.items() if most > 0]
+    most = torch.tensor([ranking.largest[name] for name in names])
+    values = torch.minimum(torch.full_like(most, _uniform(ranking, sparsity)), most)
+    values.requires_grad_()
+    optimiser = torch.optim.Adam([values], lr=_RATE)
+    multiplier = 0.0
+    # A protected group keeps even its least important unit while tau is large.
+    kept = {name: torch.tensor(-math.inf) for name in ranking.largest if name not in names}
+    trained = [p for module in networks.values() for p in module.parameters() if p.requires_grad]
+    with _frozen(trained):
+        for step in range(_STEPS):
+            tau = _FIRST_TAU * (_LAST_TAU / _FIRST_TAU) ** (step / (_STEPS - 1))
+            masks = ranking.masks(kept | dict(zip(names, values, strict=True)), tau)
+            loss = masked(objective, networks, ranking.structure, masks)
+            gone = ranking.sparsity({name: mask.sum() for name, mask in masks.items()})
+            short = sparsity - gone
+            total = torch.log(loss) + multiplier * short + _PENALTY / 2 * short.square()
+            optimiser.zero_grad()
+            total.backward()
+            optimiser.step()
+            with torch.no_grad():  # where all masks of a group are 0 or 1, nothing pulls it back
+                values.copy_(values.clamp(min=-_SLACK * tau).minimum(most + _SLACK * tau))
+            multiplier += _PENALTY / 10 * short.item()
+            progress(step + 1, _STEPS)
+    found = values.detach().clamp(min=0.0).minimum(most).tolist()
+    return dict.fromkeys(ranking.largest, 0.0) | dict(zip(names, found, strict=True)), _STEPS
+
+
+@contextlib.contextmanager
+def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Spare the gradients that are not needed."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def by_grid(
+    ranking: Ranking,
+    metric: Metric,
+    sparsity: float,
+    tolerance: float,
+    budget: int,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> tuple[dict[str, float], int]:
+    """Coefficients by grid search with the real metric, groups tied by component, coarse to fine.
+
+    Args:
+        ranking: of the units.
+        metric: of the network that a plan cuts.
+        sparsity: to be reached; every point is moved until it is.
+        tolerance: by which it may be exceeded.
+        budget: most evaluations of the metric.
+        progress: told evaluations done, and of how many at most.
+
+    Returns:
+        Group → coefficient, and how often the metric was evaluated.
+    """
+    homes = {group.name: group.home for group in ranking.structure.groups}
+    components = list(dict.fromkeys(homes.values()))
+    seen: dict[str, float] = {}
+    best: tuple[float, tuple[float, ...]] | None = None
+
+    def try_point(point: tuple[float, ...]) -> None:
+        nonlocal best
+        share = dict(zip(components, point, strict=True))
+        wanted = {name: share[home] * ranking.largest[name] for name, home in homes.items()}
+        plan = ranking.plan(wanted, sparsity, tolerance, "grid")
+        key = str(sorted(plan.widths_after.items()))
+        if key in seen or len(seen) >= budget:
+            return
+        seen[key] = metric(plan)
+        progress(len(seen), budget)
+        if best is None or seen[key] > best[0]:
+            best = (seen[key], point)
+
+    coarse = itertools.product(_FIRST_GRID, repeat=len(components))
+    middle = (0.5,) * len(components)
+    for point in sorted(
+        coarse, key=lambda p: sum(abs(a - b) for a, b in zip(p, middle, strict=True))
+    ):
+        try_point(point)
+    for step in _REFINEMENTS:
+        _, centre = best
+        for change in itertools.product((-step, 0.0, step), repeat=len(components)):
+            try_point(tuple(min(1.0, max(0.0, c + d)) for c, d in zip(centre, change, strict=True)))
+    share = dict(zip(components, best[1], strict=True))
+    return {name: share[home] * ranking.largest[name] for name, home in homes.items()}, len(seen)
+
+
+def _uniform(ranking: Ranking, sparsity: float) -> float:
+    """The one coefficient of all groups that reaches the sparsity."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        widths = {
+            name: width * (1 - min(middle, ranking.largest[name]))
+            for name, width in ranking.structure.widths.items()
+        }
+        low, high = (low, middle) if ranking.sparsity(widths) >= sparsity else (middle, high)
+    return high

@@ -1,0 +1,148 @@
+"""Soft coefficients: masks against cuts, the constraint, and searches with known answers."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from tdmpc_prune.components import tag
+from tdmpc_prune.errors import UserError
+from tdmpc_prune.pruning import coefficients as soft
+from tdmpc_prune.pruning.config import PruneConfig
+from tdmpc_prune.pruning.groups import find_groups
+from tdmpc_prune.pruning.surgery import commit
+from tdmpc_prune.pruning.tracing import Computation
+from tests.pruning_zoo import Agent, computation, losses, make_data
+from tests.test_surgery import choose, close, group_names
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 2**31 - 1))
+def test_hard_masks_are_the_cut_for_every_kind_of_group(seed):
+    """Specific and coupling groups; LayerNorm with and without weights, GroupNorm, SimNorm."""
+    agent = Agent(seed)
+    for _ in range(2):
+        agent.step(make_data(agent.world))
+    data = make_data(agent.world)
+    ties = computation(agent.world, agent.target)
+    structure = find_groups(ties)
+    keep, plan = choose(seed, agent.world, structure)
+    names = group_names(agent.world, structure)
+    masks = {
+        name: torch.ones(width, dtype=torch.float64) for name, width in structure.widths.items()
+    }
+    for width, kept in keep.items():
+        if names[width] in masks:
+            masks[names[width]] = kept.double()
+    latent = agent.world.widths["latent"].channel_mask(keep["latent"])
+    found = soft.masked(
+        lambda networks: torch.stack(losses(networks["model"], networks["target"], data, latent)),
+        {"model": agent.world, "target": agent.target},
+        structure,
+        masks,
+    )
+    cut = copy.deepcopy(agent)
+    ties = computation(cut.world, cut.target)
+    commit(plan, find_groups(ties), ties)
+    close(found, torch.stack(losses(cut.world, cut.target, data)))
+
+
+class Branches(nn.Module):
+    """y = useful(x) + useless(x), where only the first is trained and the second is small."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.useful = tag(nn.Sequential(nn.Linear(4, 24), nn.Tanh(), nn.Linear(24, 4)), "useful")
+        self.useless = tag(nn.Sequential(nn.Linear(4, 24), nn.Tanh(), nn.Linear(24, 4)), "useless")
+        nn.init.normal_(self.useless[2].weight, std=1e-3)
+        nn.init.zeros_(self.useless[2].bias)
+
+    def forward(self, x):
+        return self.useful(x) + self.useless(x)
+
+
+@pytest.fixture
+def branches():
+    model = Branches()
+    zeros = torch.zeros(2, 4, device="meta")
+    ties = Computation(
+        {"model": model}, lambda n: n["model"](zeros), lambda n: n["model"](zeros[:1])
+    )
+    inputs = torch.randn(256, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        goal = model(inputs)
+
+    def objective(networks):
+        return F.mse_loss(networks["model"](inputs), goal) + 1e-4
+
+    structure = find_groups(ties)
+    density = np.tile(np.arange(24.0), 2)
+    config = PruneConfig(method="magnitude", min_width=2)
+    ranking = soft.Ranking(structure, density, config, structure.parameters())
+
+    def metric(plan):
+        cut = copy.deepcopy(model)
+        again = Computation({"model": cut}, ties.run, ties.cost)
+        commit(plan, find_groups(again), again)
+        with torch.no_grad():
+            return -float(objective({"model": cut}))
+
+    return model, structure, ranking, objective, metric
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.4])
+def test_both_searches_take_from_the_branch_that_does_nothing(branches, sparsity):
+    model, _, ranking, objective, metric = branches
+    by_gradient, steps = soft.by_gradient(ranking, {"model": model}, objective, sparsity)
+    by_grid, evaluations = soft.by_grid(ranking, metric, sparsity, 0.02, budget=60)
+    assert steps == 400 and 5 < evaluations <= 60
+    uniform = ranking.plan(dict.fromkeys(by_grid, sparsity), sparsity, 0.02, "uniform")
+    for found in (by_gradient, by_grid):
+        plan = ranking.plan(found, sparsity, 0.02, "x")
+        assert sparsity <= plan.achieved <= sparsity + 0.02
+        assert found["useless.0"] > 2 * found["useful.0"]
+        assert metric(plan) > metric(uniform) and metric(plan) > -0.01
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    sparsity=st.floats(0.05, 0.85),
+    shares=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_the_cut_meets_the_sparsity_whatever_the_coefficients(branches, sparsity, shares):
+    model, structure, ranking, _, _ = branches
+    wanted = dict(zip(structure.widths, shares, strict=True))
+    plan = ranking.plan(wanted, sparsity, 0.05, "x")
+    cut = copy.deepcopy(model)
+    zeros = torch.zeros(2, 4, device="meta")
+    ties = Computation({"model": cut}, lambda n: n["model"](zeros))
+    commit(plan, find_groups(ties), ties)
+    left = sum(parameter.numel() for parameter in cut.parameters())
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    assert sparsity <= 1 - left / whole <= sparsity + 0.05
+    assert 1 - left / whole == pytest.approx(plan.achieved)
+
+
+def test_what_cannot_be_met_is_said(branches):
+    _, structure, ranking, _, _ = branches
+    zero = dict.fromkeys(structure.widths, 0.0)
+    with pytest.raises(UserError, match="cannot be reached: with every width at its floor"):
+        ranking.plan(zero, 0.99, 0.02, "x")
+    with pytest.raises(UserError, match="cannot be met within 1e-06"):
+        ranking.plan(zero, 0.31, 1e-6, "x")
+
+
+def test_the_soft_sparsity_is_that_of_the_cut_as_tau_falls(branches):
+    _, structure, ranking, _, _ = branches
+    wanted = {name: torch.tensor(0.5) for name in structure.widths}
+    masks = ranking.masks(wanted, 1e-4)
+    found = ranking.sparsity({name: mask.sum() for name, mask in masks.items()})
+    halves = {name: width // 2 for name, width in structure.widths.items()}
+    assert float(found) == pytest.approx(ranking.sparsity(halves), abs=1e-6)
