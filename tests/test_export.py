@@ -183,7 +183,11 @@ def test_observations_that_hang_on_rounding_are_told_from_a_wrong_graph(agent, m
     generator = torch.Generator().manual_seed(0)
     check = exporting._compare(Step(), Session(2e-7), port, generator)
     assert check.difference <= 1e-4 and check.jumps > 20
-    monkeypatch.setattr(exporting, "_draw", lambda ports, g: [1 + torch.rand(1, generator=g)])
+
+    def anywhere(ports, generator):
+        return [1 + torch.rand(port.shape, generator=generator) for port in ports]
+
+    monkeypatch.setattr(exporting, "_draw", anywhere)
     check = exporting._compare(Step(), Session(0.5), port, generator)
     assert check.difference == 1 and check.jumps == 0
 
