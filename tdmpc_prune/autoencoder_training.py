@@ -168,12 +168,13 @@ class AutoencoderTrainer:
             self._update()
         return True
 
-    def _batch(self) -> Tensor:
+    def batch(self) -> Tensor:
+        """Random images to learn from, `[B, 1, H, W]`."""
         count = len(self.images.train)
         return self.images.train[self.rng.integers(count, size=self.config.learning.batch)]
 
     def _update(self) -> None:
-        loss = self.learner.update(self._batch())
+        loss = self.learner.update(self.batch())
         if not np.isfinite(loss):
             raise RunError(f"stopped after {self.now} updates because the loss is {loss}")
         self._averages.add({"losses/reconstruction loss": loss})
@@ -183,13 +184,15 @@ class AutoencoderTrainer:
             pruning_steps.log_importance(self)
 
     @torch.no_grad()
+    def psnr(self, model: Autoencoder) -> list[float]:
+        """Of each image of the test set, dB."""
+        return psnr(self.images.test, model(self.images.test)).tolist()
+
     def _psnr(self) -> list[float]:
-        """Of each image of the test set, dB; not computed again if nothing changed since."""
+        """The present network's; not computed again if nothing changed since."""
         version = [self.now, self.course.stage.changes if self.course else 0]
         if self._measured != version:
-            test = self.images.test
-            self.last_psnr = psnr(test, self.model(test)).tolist()
-            self._measured = version
+            self.last_psnr, self._measured = self.psnr(self.model), version
         return self.last_psnr
 
     def _evaluate(self) -> None:
@@ -215,7 +218,7 @@ class AutoencoderTrainer:
     # --- For its pruning, see `pruning_steps.Run` --------------------------------------------
 
     def gather(self) -> None:
-        self.learner.update(self._batch(), learn=False)
+        self.learner.update(self.batch(), learn=False)
 
     def measure(self) -> tuple[dict[str, float], dict[str, Any]]:
         values = self._psnr()
@@ -304,6 +307,11 @@ class AutoencoderTrainer:
         self.log.picture("reconstructions", path, self.now)
 
 
+def saved_config(path: str | Path) -> AutoencoderConfig:
+    """The settings of the run that a checkpoint comes from. Raises UserError: see below."""
+    return from_plain(AutoencoderConfig, _description(checkpoint_dir(path))["config"])
+
+
 def load_autoencoder(path: str | Path) -> Autoencoder:
     """The autoencoder of a checkpoint, or of the newest checkpoint of a run.
 
@@ -311,9 +319,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
         UserError: there is none, or it is damaged; and which.
     """
     folder = checkpoint_dir(path)
-    description = read_json(folder / "autoencoder.json")
-    if description.get("format") != FORMAT:
-        raise UserError(f"'{folder}' is not a checkpoint of an autoencoder of this package")
+    description = _description(folder)
     weights = load_tensors(folder, "autoencoder", description.get("sha256", {}))
     try:
         widths = description["widths"]
@@ -324,6 +330,15 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
     except (KeyError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"checkpoint '{folder}' is damaged: {reason}") from error
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    if not (folder / "autoencoder.json").is_file():
+        raise UserError(f"'{folder}' is not a checkpoint of an autoencoder")
+    description = read_json(folder / "autoencoder.json")
+    if description.get("format") != FORMAT:
+        raise UserError(f"'{folder}' is not a checkpoint of an autoencoder of this package")
+    return description
 
 
 # --- Starting a run, and going on with one ---------------------------------------------------

@@ -203,6 +203,46 @@ class FitConfig:
         check_machine("cpu", self.threads)
 
 
+COEFFICIENT_METHODS = ("gradient", "grid", "global", "uniform")
+
+
+@dataclass(frozen=True)
+class CoefficientsConfig:
+    """A search for how much to take from each group of an autoencoder."""
+
+    checkpoint: str = setting(MISSING, "a run of train_autoencoder.py, or a checkpoint of one")
+    method: str = setting(
+        "gradient",
+        "gradient, or grid: search for the coefficients; or, to compare, global or uniform",
+    )
+    sparsity: float = setting(0.8, "fraction of its parameters that is to go")
+    tolerance: float = setting(0.01, "by which the sparsity may be exceeded")
+    budget: int = setting(100, "grid: most evaluations of the score")
+    fine_tuning: int = setting(500, "updates after the cut")
+    prune: PruneConfig = setting(
+        lambda: PruneConfig(method="bayesian", min_width=2), "how units are ranked, and floors"
+    )
+    seed: int = setting(1, "of the batches")
+    threads: int = setting(1, "CPU threads")
+    out: str | None = setting(
+        None, "file for the plan; null takes <method>-<sparsity>.json. Results go beside it"
+    )
+
+    def __post_init__(self):
+        require(
+            self.method in COEFFICIENT_METHODS,
+            f"method={self.method} must be one of {', '.join(COEFFICIENT_METHODS)}",
+        )
+        require(0 < self.sparsity < 1, f"sparsity={self.sparsity} must lie in (0, 1)")
+        require(0 < self.tolerance < 1, f"tolerance={self.tolerance} must lie in (0, 1)")
+        require(self.budget >= 1, f"budget={self.budget} must be at least 1")
+        require(self.fine_tuning >= 0, f"fine_tuning={self.fine_tuning} cannot be negative")
+        require(
+            self.prune.method != "none", "prune=none ranks nothing; choose what ranks the units"
+        )
+        check_machine("cpu", self.threads)
+
+
 @dataclass(frozen=True)
 class ExportConfig:
     """An export of a saved agent."""
@@ -261,6 +301,7 @@ COMMANDS = {
     "groups": GroupsConfig,
     "evaluate": EvaluateConfig,
     "fit": FitConfig,
+    "optimize_coefficients": CoefficientsConfig,
     "export": ExportConfig,
     "benchmark": BenchmarkConfig,
 }

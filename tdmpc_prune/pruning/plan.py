@@ -100,8 +100,11 @@ class Plan:
     def save(self, path: Path) -> None:
         """Write it as JSON."""
         part = path.with_name(f".{path.name}.part")
-        part.write_text(json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n")
+        part.write_text(self.as_json())
         part.replace(path)
+
+    def as_json(self) -> str:
+        return json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n"
 
     @staticmethod
     def load(path: Path) -> Plan:

@@ -1,0 +1,28 @@
+"""Find how much to prune from each group. `--help` lists every setting."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from tdmpc_prune.command_line import run_command
+from tdmpc_prune.config import CoefficientsConfig
+from tdmpc_prune.files import write_file
+from tdmpc_prune.optimize_coefficients import Subject, search, text
+from tdmpc_prune.runtime import set_threads
+
+
+def main(config: CoefficientsConfig, given: list[str]) -> None:
+    """Find, by grid search or gradient descent, how much to take from each group; cut a copy."""
+    set_threads(config.threads)
+    subject = Subject(config.checkpoint, config.seed)
+    found, plan = search(config, subject, subject.densities(config.prune, config.seed))
+    print(text(found, subject.score))
+    out = Path(config.out or f"{config.method}-{config.sparsity:g}.json")
+    write_file(out, plan.as_json(), "out")
+    results = out.with_suffix(".result.json")
+    write_file(results, json.dumps(asdict(found), indent=1) + "\n", "out")
+    print(f"\nthe plan is in {out}, these results in {results}")
+
+
+if __name__ == "__main__":
+    run_command("optimize_coefficients", main)
