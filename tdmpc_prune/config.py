@@ -208,9 +208,9 @@ COEFFICIENT_METHODS = ("gradient", "grid", "global", "uniform")
 
 @dataclass(frozen=True)
 class CoefficientsConfig:
-    """A search for how much to take from each group of an autoencoder."""
+    """A search for how much to take from each group."""
 
-    checkpoint: str = setting(MISSING, "a run of train_autoencoder.py, or a checkpoint of one")
+    checkpoint: str = setting(MISSING, "a run of an agent or an autoencoder, or a checkpoint")
     method: str = setting(
         "gradient",
         "gradient, or grid: search for the coefficients; or, to compare, global or uniform",
@@ -218,7 +218,8 @@ class CoefficientsConfig:
     sparsity: float = setting(0.8, "fraction of its parameters that is to go")
     tolerance: float = setting(0.01, "by which the sparsity may be exceeded")
     budget: int = setting(100, "grid: most evaluations of the score")
-    fine_tuning: int = setting(500, "updates after the cut")
+    fine_tuning: int = setting(500, "after the cut: updates, or an agent's env steps")
+    episodes: int = setting(5, "of an agent: per measurement of its return")
     prune: PruneConfig = setting(
         lambda: PruneConfig(method="bayesian", min_width=2), "how units are ranked, and floors"
     )
@@ -235,12 +236,31 @@ class CoefficientsConfig:
         )
         require(0 < self.sparsity < 1, f"sparsity={self.sparsity} must lie in (0, 1)")
         require(0 < self.tolerance < 1, f"tolerance={self.tolerance} must lie in (0, 1)")
+        require(self.episodes >= 1, f"episodes={self.episodes} must be at least 1")
         require(self.budget >= 1, f"budget={self.budget} must be at least 1")
         require(self.fine_tuning >= 0, f"fine_tuning={self.fine_tuning} cannot be negative")
         require(
             self.prune.method != "none", "prune=none ranks nothing; choose what ranks the units"
         )
         check_machine("cpu", self.threads)
+
+
+@dataclass(frozen=True)
+class CompareCoefficientsConfig:
+    """A comparison of ways to choose how much to take from each group, at equal sparsity."""
+
+    checkpoints: list[str] = setting(MISSING, "runs or checkpoints, such as one for each seed")
+    sparsities: list[float] = setting(lambda: [0.5, 0.8, 0.9], "at which to compare")
+    tolerance: float = setting(0.01, "by which a sparsity may be exceeded")
+    budget: int = setting(100, "grid: most evaluations of the score")
+    fine_tuning: int = setting(500, "after the cut: updates, or an agent's env steps")
+    episodes: int = setting(5, "of an agent: per measurement of its return")
+    prune: PruneConfig = setting(
+        lambda: PruneConfig(method="bayesian", min_width=2), "floors; every arm has its own ranking"
+    )
+    seed: int = setting(1, "of the batches")
+    threads: int = setting(1, "CPU threads")
+    out: str = setting("coefficients", "of the files <out>.md and <out>.csv")
 
 
 @dataclass(frozen=True)
@@ -302,6 +322,7 @@ COMMANDS = {
     "evaluate": EvaluateConfig,
     "fit": FitConfig,
     "optimize_coefficients": CoefficientsConfig,
+    "compare_coefficients": CompareCoefficientsConfig,
     "export": ExportConfig,
     "benchmark": BenchmarkConfig,
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from tdmpc_prune import pruning_steps, runs
 from tdmpc_prune.checkpoint import load_agent
 from tdmpc_prune.compression import check
@@ -46,9 +48,16 @@ def explain(config: PruneCheckpointConfig) -> Plan:
     """
     trainer = Trainer(training_config(config), Path(config.run_dir or "."))
     check(trainer.course, trainer.config)
-    plan = pruning_steps.plan_one_cut(trainer, trainer.config.env_steps)
+    pruning_steps.gather_all(trainer, trainer.config.env_steps)
+    plan = trainer.course.plan_at(1.0, config.prune.sparsity)
     try:
         plan.save(Path(config.explain))
     except OSError as error:
         raise RunError(f"explain={config.explain} cannot be written: {error.strerror}") from error
     return plan
+
+
+def gathered_densities(trainer: Trainer) -> np.ndarray:
+    """`[U]` importance per parameter of every unit of a finished agent."""
+    pruning_steps.gather_all(trainer, trainer.config.env_steps)
+    return trainer.course.densities(1.0)

@@ -15,7 +15,6 @@ from torch import Tensor
 from tdmpc_prune import pruning_report
 from tdmpc_prune.errors import RunError
 from tdmpc_prune.pruning.course import Course, Learner
-from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.surgery import SurgeryError
 from tdmpc_prune.run_log import RunLog
 
@@ -60,17 +59,13 @@ def gather(run: Run) -> None:
     run.log.progress(doing=f"gathering gradients ({run.course.stage.gathered})")
 
 
-def plan_one_cut(run: Run, length: int) -> Plan:
-    """The plan of one cut to the final sparsity, without changing anything saved.
-
-    Plays and gathers what the importance needs.
-    """
+def gather_all(run: Run, length: int) -> None:
+    """Play and gather what the importance needs, without changing anything saved."""
     with tempfile.TemporaryDirectory() as folder:
         run.log = RunLog(Path(folder), run.now, length, 0, run.course.unit)
         while run.course.due(run.now) == "gather":
             run.step()
         run.log.close()
-    return run.course.plan_at(1.0, run.course.config.sparsity)
 
 
 def parent_dir(run_dir: Path) -> Path:

@@ -1,6 +1,7 @@
 """Soft coefficients: masks against cuts, the constraint, and searches with known answers."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -10,14 +11,20 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from tdmpc_prune import autoencoder_training, runs
+from tdmpc_prune.checkpoint import load_agent
 from tdmpc_prune.components import tag
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning import coefficients as soft
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
+from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.surgery import commit
 from tdmpc_prune.pruning.tracing import Computation
 from tests.pruning_zoo import Agent, computation, losses, make_data
+from tests.small import small_config
+from tests.test_autoencoder import small as autoencoder_config
+from tests.test_command_line import run
 from tests.test_surgery import choose, close, group_names
 
 
@@ -146,3 +153,55 @@ def test_the_soft_sparsity_is_that_of_the_cut_as_tau_falls(branches):
     found = ranking.sparsity({name: mask.sum() for name, mask in masks.items()})
     halves = {name: width // 2 for name, width in structure.widths.items()}
     assert float(found) == pytest.approx(ranking.sparsity(halves), abs=1e-6)
+
+
+# --- As typed --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny autoencoder and a tiny agent."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = autoencoder_config(folder / "autoencoder", prune=PruneConfig(), updates=100)
+    autoencoder_training.start(config, []).run()
+    runs.start(small_config(folder / "agent"), []).run()
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "agent"])
+@pytest.mark.parametrize("method", ["gradient", "grid", "uniform"])
+def test_coefficients_are_found_saved_and_carried_out(trained, tmp_path, kind, method):
+    arguments = [f"checkpoint={trained / kind}", f"method={method}", "sparsity=0.5"]
+    arguments += ["tolerance=0.05", "budget=8", "fine_tuning=20", "episodes=1"]
+    arguments += ["prune.gather_updates=3", "out=plan.json"]
+    done = run("optimize_coefficients.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "plan.result.json"]
+    result = json.loads((tmp_path / "plan.result.json").read_text())
+    assert 0.5 <= result["sparsity"] <= 0.55
+    assert {"before", "cut", "fine_tuned", "seconds"} <= set(result)
+    assert result["evaluations"] == {"gradient": 400, "grid": 8, "uniform": 0}[method]
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan.achieved == result["sparsity"]
+    if kind == "agent":
+        settings = ["prune.plan=plan.json", "env_steps=0", "device=cpu", "run_dir=cut"]
+        done = run("prune.py", f"checkpoint={trained / kind}", *settings, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        size = sum(p.numel() for p in load_agent(tmp_path / "cut").model.parameters())
+        assert 1 - size / plan.dense_parameters == pytest.approx(plan.achieved)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["checkpoint=nowhere"], "'nowhere' does not exist"),
+        (["checkpoint=.", "method=genetic"], "must be one of gradient, grid, global, uniform"),
+        (["checkpoint=.", "sparsity=1.2"], "sparsity=1.2 must lie in (0, 1)"),
+        (["checkpoint=.", "prune=none"], "prune=none ranks nothing"),
+    ],
+)
+def test_wrong_input_is_one_line(tmp_path, arguments, message):
+    done = run("optimize_coefficients.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0], done.stderr

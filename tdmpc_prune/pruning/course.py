@@ -278,8 +278,11 @@ class Course:
 
     def plan_at(self, progress: float, sparsity: float, strict: bool = True) -> Plan:
         """A plan by the evidence so far, weighed as at `progress` of the schedule."""
-        densities = self._tracker.densities(self.config.method, self._learner.model, progress)
-        return self.plan(densities, sparsity, strict)
+        return self.plan(self.densities(progress), sparsity, strict)
+
+    def densities(self, progress: float) -> np.ndarray:
+        """`[U]` importance per parameter of each unit, weighed as at `progress`."""
+        return self._tracker.densities(self.config.method, self._learner.model, progress)
 
     def cut(self, plan: Plan, now: int) -> None:
         """Carry out a plan on networks, targets, optimisers and tracker: all, or nothing.

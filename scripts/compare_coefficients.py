@@ -1,0 +1,22 @@
+"""Compare ways to choose how much to prune from each group. `--help` lists every setting."""
+
+from tdmpc_prune import optimize_coefficients as coefficients
+from tdmpc_prune.command_line import run_command
+from tdmpc_prune.config import CompareCoefficientsConfig
+from tdmpc_prune.files import write_file
+from tdmpc_prune.runtime import set_threads
+
+
+def main(config: CompareCoefficientsConfig, given: list[str]) -> None:
+    """Uniform and global magnitude, global bayesian, grid and gradient, at equal sparsity."""
+    set_threads(config.threads)
+    rows, score = coefficients.compare(config)
+    table = coefficients.comparison_table(rows, config.sparsities, score)
+    print(table)
+    write_file(f"{config.out}.md", table + "\n", "out")
+    write_file(f"{config.out}.csv", coefficients.comparison_csv(rows), "out")
+    print(f"\nwritten to {config.out}.md and .csv")
+
+
+if __name__ == "__main__":
+    run_command("compare_coefficients", main)
