@@ -213,7 +213,7 @@ def search(
     began = time.perf_counter()
     dense = subject.structure.parameters()
     evaluations = 0
-    ranking = Ranking(subject.structure, densities, config.prune, dense)
+    ranking = Ranking(subject.structure, densities, config.prune, dense, config.largest)
     if config.method in ("grid", "gradient"):
         with tqdm(desc=config.method, leave=False) as bar:
 
@@ -301,6 +301,7 @@ def compare(config: CompareCoefficientsConfig) -> tuple[list[Row], str]:
                     checkpoint=checkpoint,
                     method=method,
                     tolerance=config.tolerance,
+                    largest=config.largest,
                     budget=config.budget,
                     fine_tuning=config.fine_tuning,
                     episodes=config.episodes,

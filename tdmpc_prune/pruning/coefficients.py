@@ -50,6 +50,7 @@ class Ranking:
         densities: np.ndarray,
         config: PruneConfig,
         dense: Mapping[str, int],
+        largest: float = 1.0,
     ):
         """Rank the units.
 
@@ -58,10 +59,14 @@ class Ranking:
             densities: `[U]` importance per parameter of each unit, all groups in their order.
             config: floors and protection; widths are not rounded.
             dense: component → parameters of the dense network.
+            largest: coefficient that a group may have.
         """
         self.structure = structure
         self.dense = dense
-        self.floors = width_floors(structure, replace(config, round_to=1))
+        self.floors = {
+            name: max(floor, math.ceil((1 - largest) * structure.widths[name] - 1e-9))
+            for name, floor in width_floors(structure, replace(config, round_to=1)).items()
+        }
         cuts = np.cumsum(list(structure.widths.values()))[:-1]
         parts = np.split(densities, cuts)
         names = list(structure.widths)
