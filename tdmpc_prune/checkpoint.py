@@ -188,6 +188,8 @@ def load_agent(
             for `task`; and which.
     """
     folder = checkpoint_dir(path)
+    if (folder / "autoencoder.json").is_file():
+        raise UserError(f"'{folder}' holds an autoencoder, and this needs an agent")
     description = read_json(folder / "agent.json")
     if description.get("format") != FORMAT:
         raise UserError(f"'{folder}' is not a checkpoint of this package (no '{FORMAT}' in it)")
