@@ -165,7 +165,9 @@ def test_damaged_plans_are_refused(tmp_path, damage, message):
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "cubic"])
 def test_schedules_rise_from_nothing_to_the_final_sparsity(shape):
-    schedule = make_schedule(PruneConfig(shape=shape, start=0.2, end=30_000, steps=5), 0, 50_000)
+    schedule = make_schedule(
+        PruneConfig(shape=shape, start=0.2, end=30_000, steps=5), 0, 50_000, "env_steps"
+    )
     assert (schedule.start, schedule.end) == (10_000, 30_000)
     assert [schedule.time_of(step) for step in (1, 5)] == [14_000, 30_000]
     sparsities = [schedule.sparsity_after(step) for step in range(6)]
@@ -180,9 +182,9 @@ def test_schedules_rise_from_nothing_to_the_final_sparsity(shape):
 
 
 def test_schedules_of_a_run_that_starts_later_count_from_there():
-    schedule = make_schedule(PruneConfig(start=0.0, end=0.5), 50_000, 70_000)
+    schedule = make_schedule(PruneConfig(start=0.0, end=0.5), 50_000, 70_000, "env_steps")
     assert (schedule.start, schedule.end) == (50_000, 60_000)
-    once = make_schedule(PruneConfig(start=0.0, end=0.6, steps=1), 50_000, 50_000)
+    once = make_schedule(PruneConfig(start=0.0, end=0.6, steps=1), 50_000, 50_000, "env_steps")
     assert once == Schedule(50_000, 50_000, 1, 0.9, "cosine")
     assert once.progress(50_000) == 1 and once.end_of(1, 50_000, 50_000) == 50_000
 
@@ -196,7 +198,7 @@ def test_schedules_of_a_run_that_starts_later_count_from_there():
 )
 def test_schedules_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        make_schedule(PruneConfig(**changes), 0, 50_000)
+        make_schedule(PruneConfig(**changes), 0, 50_000, "env_steps")
 
 
 def test_without_strictness_a_plan_goes_as_far_as_it_may():
