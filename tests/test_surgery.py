@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -94,12 +94,13 @@ def take(tensor, index):
     return tensor
 
 
-def close(one, other):
-    torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+def close(one, other, atol=1e-10):
+    torch.testing.assert_close(one, other, rtol=1e-8, atol=atol)
 
 
 @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**31 - 1))
+@example(seed=41617)  # a gradient as small as Adam's eps
 def test_a_cut_network_equals_the_one_with_units_excluded(seed):
     """Forward, a training step, targets and moments; random architectures and selections."""
     full = Agent(seed)
@@ -121,11 +122,11 @@ def test_a_cut_network_equals_the_one_with_units_excluded(seed):
     pairs = list(zip(full.optimisers, cut.optimisers, strict=True))
     names = {id(p): name for name, p in full.world.named_parameters()}
 
-    def compare_states():
+    def compare_states(atol=1e-10):
         for ours, theirs in ((full.world, cut.world), (full.target, cut.target)):
             left = dict(theirs.named_parameters())
             for name, parameter in ours.named_parameters():
-                close(take(parameter.data, index[name]), left[name].data)
+                close(take(parameter.data, index[name]), left[name].data, atol)
         for one, other in pairs:
             for p, q in zip(
                 one.param_groups[0]["params"], other.param_groups[0]["params"], strict=True
@@ -155,7 +156,9 @@ def test_a_cut_network_equals_the_one_with_units_excluded(seed):
         if step == 0:
             full.step(data, kept)
             cut.step(data)
-            compare_states()
+            # Adam divides by the gradient's size: where that is near its eps of 1e-8, rounding
+            # is 1e-8 of a step of 0.01 and more. A wrong cut is wrong by whole steps.
+            compare_states(atol=1e-8)
     for module in cut.world.modules():  # attributes say what the weights say
         if isinstance(module, nn.Linear):
             assert (module.out_features, module.in_features) == module.weight.shape
