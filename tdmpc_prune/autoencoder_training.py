@@ -149,7 +149,7 @@ class AutoencoderTrainer:
             raise RunError(f"writing to '{self.run_dir}' failed: {error.strerror}") from error
         finally:
             self.log.close()
-        return float(np.mean(self.last_psnr))
+        return float(np.mean(self._psnr()))
 
     def step(self) -> bool:
         """The next small step of the run; False once it has reached its end."""
@@ -282,6 +282,8 @@ class AutoencoderTrainer:
             self.course.load_state(training["pruning"], files["pruning"])
         self.rng.bit_generator.state = training["rng"]
         self.next_evaluation = training["next_evaluation"]
+        if self.now < self.config.updates:
+            self.next_evaluation = min(self.next_evaluation, self.config.updates)
         self.next_importance = training["next_importance"]
         self._averages = Averages(**training["averages"])
         self._history = training["history"]

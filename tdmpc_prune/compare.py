@@ -55,7 +55,7 @@ class Measured:
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """The run folders among `paths` and below them.
+    """The folders of agents' runs among `paths` and below them; an autoencoder has no return.
 
     Raises:
         UserError: a path holds none.
@@ -63,8 +63,9 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for path in paths:
         runs = sorted(file.parent for file in path.glob("**/run.json"))
+        runs = [run for run in runs if "task" in read_run(run)]
         if not runs:
-            raise UserError(f"'{path}' is not the folder of a run and holds none (no run.json)")
+            raise UserError(f"'{path}' is not the folder of an agent's run and holds none")
         found |= dict.fromkeys(runs)
     return list(found)
 

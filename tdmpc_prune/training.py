@@ -374,9 +374,12 @@ class Trainer:
 
     def measure(self) -> tuple[dict[str, float], dict[str, Any]] | None:
         config = self.config
-        evaluation = self.evaluation(min(config.prune.eval_episodes, config.eval_episodes))
+        episodes = min(config.prune.eval_episodes, config.eval_episodes)
+        due = self.now >= self.progress.next_evaluation  # it can then use the same episodes
+        evaluation = self.evaluation(config.eval_episodes if due else episodes)
         if evaluation is None:
             return None
+        evaluation = evaluation.first(episodes)
         speed = median_decision_milliseconds(self.model, config.model)
         shown = {"mean": evaluation.mean, "std": evaluation.std, "decision_ms": speed}
         return shown, {"returns": evaluation.returns}

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import struct
 from dataclasses import replace
 
@@ -167,6 +168,16 @@ def test_a_run_that_was_stopped_anywhere_goes_on_exactly(whole_run, tmp_path):
         resumed.run()
         found = resumed.model.state_dict()
         assert all(torch.equal(found[name], value) for name, value in expected.items()), stop
+
+
+def test_a_finished_run_can_be_resumed_and_made_longer(whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    config = small(tmp_path / "run", resume=str(tmp_path / "run"))
+    again = training.resume(config, ["resume"]).run()
+    expected = read_history(whole_run, "evaluation")[-1]["mean"]
+    assert again == pytest.approx(expected)
+    training.resume(replace(config, updates=70), ["resume", "updates"]).run()
+    assert [e["updates"] for e in read_history(tmp_path / "run", "evaluation")][-2:] == [60, 70]
 
 
 def test_a_cut_that_does_not_recover_is_undone(tmp_path):

@@ -107,6 +107,15 @@ def test_what_sets_an_arm_apart_is_in_its_name(tmp_path):
     }
 
 
+def test_runs_of_autoencoders_beside_them_are_none_of_its_business(folders):
+    (folders / "autoencoder").mkdir()
+    description = {"settings": {"data": {"name": "digits"}, "seed": 1}, "command": []}
+    (folders / "autoencoder" / "run.json").write_text(json.dumps(description))
+    assert folders / "autoencoder" not in compare.find_runs([folders])
+    with pytest.raises(UserError, match="holds none"):
+        compare.find_runs([folders / "autoencoder"])
+
+
 def test_runs_of_one_seed_are_not_mixed_up(tmp_path):
     for name, value in (("a", 100.0), ("b", 200.0), ("c", 300.0)):
         history = [evaluation(100, [value], **DENSE)]
@@ -144,7 +153,7 @@ def test_histories_of_older_releases_lack_sizes(tmp_path):
 def test_wrong_input_is_one_line(folders):
     (folders / "empty").mkdir()
     for arguments, message in (
-        (["empty"], "holds none (no run.json)"),
+        (["empty"], "holds none"),
         (["starting"], "has not been evaluated yet"),
         (["dense1", "--out", "nowhere/x"], "--out=nowhere/x.md cannot be written"),
     ):
@@ -152,5 +161,5 @@ def test_wrong_input_is_one_line(folders):
         assert done.returncode in (1, 2)
         lines = done.stderr.strip().splitlines()
         assert len(lines) == 1 and message in lines[0], done.stderr
-    with pytest.raises(UserError, match="is not the folder of a run"):
+    with pytest.raises(UserError, match="is not the folder of an agent's run"):
         compare.find_runs([folders / "nowhere"])

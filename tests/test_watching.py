@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -242,6 +243,25 @@ def test_a_film_shows_the_whole_episode(agents, agent, tmp_path):
         assert said and said[0] in done.stdout  # it is the same episode
     else:
         assert frames > 1
+
+
+def test_a_film_that_cannot_be_finished_is_not_there(agents, tmp_path):
+    """For real: the system refuses files beyond a kilobyte, as a full disk would."""
+    if not can_draw():
+        pytest.skip("nothing can be drawn offscreen here (no EGL)")
+    script = str(ROOT / "scripts/evaluate.py")
+    arguments = [f"checkpoint={agents / 'gym'}", "episodes=1", "video=out.mp4"]
+    done = subprocess.run(
+        [sys.executable, script, *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stdout
+    assert "error: video=out.mp4 cannot be written" in done.stderr.strip().splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
