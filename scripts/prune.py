@@ -1,19 +1,19 @@
-"""Prune a finished agent. `python scripts/prune.py --help` lists every setting."""
+"""Prune a finished agent or autoencoder. `python scripts/prune.py --help` lists every setting."""
 
 import sys
 
-from tdmpc_prune import prune_checkpoint, runs
+from tdmpc_prune import prune_checkpoint
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import PruneCheckpointConfig
 
 
 def main(config: PruneCheckpointConfig, given: list[str]) -> None:
-    """Prune a saved agent in steps, with recovery training and the return after each."""
+    """Prune a saved agent or autoencoder in steps, with training and the score after each."""
     if config.explain:
         plan = prune_checkpoint.explain(config)
         print(f"{plan.explain()}\n\nwritten to {config.explain}; nothing was cut")
         return
-    runs.finish(prune_checkpoint.start(config, sys.argv))
+    prune_checkpoint.run(config, sys.argv)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ class AutoencoderTrainer:
         """Set everything up; nothing is written.
 
         Raises:
-            UserError: the images are missing or damaged, or the pruning cannot be carried out.
+            UserError: the images are missing or damaged, the pruning cannot be carried out, or
+                `start_from` is of another network.
         """
         self.config = config
         self.run_dir = run_dir
@@ -90,24 +91,28 @@ class AutoencoderTrainer:
         torch.manual_seed(config.seed)
         self.learner = AutoencoderLearner(Autoencoder(self.dense), config.learning.learning_rate)
         self.rng = np.random.default_rng(config.seed)
+        dense = {
+            name: sum(parameter.numel() for parameter in own)
+            for name, own in component_parameters(self.model).items()
+        }
+        if config.start_from:
+            self._take_over(checkpoint_dir(config.start_from))
         self.course: Course | None = None
         if config.prune.method != "none":
-            dense = {
-                name: sum(parameter.numel() for parameter in own)
-                for name, own in component_parameters(self.model).items()
-            }
             self.course = Course(
                 config.prune,
                 self.learner,
                 lambda learner: autoencoder_computation(learner.model),
                 dense,
-                (0, config.updates),
+                (self.now, config.updates),
                 "updates",
                 "PSNR",
                 config.seed,
+                gather=bool(config.start_from),
             )
-        self.next_evaluation = min(config.eval_every, config.updates)
-        self.next_importance = 0
+        following = (self.now // config.eval_every + 1) * config.eval_every
+        self.next_evaluation = min(following, config.updates)
+        self.next_importance = self.now
         self.last_psnr: list[float] | None = None  # of each image of the test set
         self._measured: list[int] | None = None
         self._stop_request = StopRequest()
@@ -154,7 +159,9 @@ class AutoencoderTrainer:
     def step(self) -> bool:
         """The next small step of the run; False once it has reached its end."""
         due = self.course.due(self.now) if self.course else None
-        if due == "measure":
+        if due == "gather":
+            pruning_steps.gather(self)
+        elif due == "measure":
             pruning_steps.measure(self)
         elif due == "undo":
             pruning_steps.undo(self)
@@ -288,6 +295,25 @@ class AutoencoderTrainer:
         self._averages = Averages(**training["averages"])
         self._history = training["history"]
 
+    def _take_over(self, folder: Path) -> None:
+        """Start from a checkpoint of another run: its network, optimiser and updates.
+
+        Raises:
+            UserError: its data or network are not this run's.
+        """
+        theirs, ours = saved_config(folder), self.config
+        for name in ("data", "network"):
+            if getattr(theirs, name) != getattr(ours, name):
+                raise UserError(f"start_from={folder}: its {name} is not that of this run")
+        weights = load_autoencoder(folder).state_dict()
+        state: dict[str, Tensor] = {}
+        if (folder / "training.json").is_file():
+            training, files = load_training(folder)
+            state, self.learner.updates = files["training"], training["updates"]
+        else:
+            self.learner.updates = updates_of(folder)
+        self.take_back(weights, state)
+
     @torch.no_grad()
     def _show_pictures(self) -> None:
         """`reconstructions.png`: originals, the dense network's, and the present one's."""
@@ -295,7 +321,9 @@ class AutoencoderTrainer:
         dense = pruning_steps.parent_dir(self.run_dir)
         if dense.exists():
             rows["dense"] = load_autoencoder(dense)(rows["original"])
-        rows["pruned" if dense.exists() else "dense"] = self.model(rows["original"])
+        rows["pruned" if self.model.widths != self.dense else "dense"] = self.model(
+            rows["original"]
+        )
         figure = Figure(figsize=(1 + _SHOWN * 0.8, 0.9 * len(rows)), layout="constrained")
         axes = figure.subplots(len(rows), _SHOWN)
         for line, (name, images) in zip(axes, rows.items(), strict=True):
@@ -312,6 +340,16 @@ class AutoencoderTrainer:
 def saved_config(path: str | Path) -> AutoencoderConfig:
     """The settings of the run that a checkpoint comes from. Raises UserError: see below."""
     return from_plain(AutoencoderConfig, _description(checkpoint_dir(path))["config"])
+
+
+def updates_of(path: str | Path) -> int:
+    """Updates that made an autoencoder. Raises UserError: see `saved_config`."""
+    return _description(checkpoint_dir(path))["provenance"]["updates"]
+
+
+def is_autoencoder(path: str | Path) -> bool:
+    """Whether a run or checkpoint is of an autoencoder. Raises UserError: there is none."""
+    return (checkpoint_dir(path) / "autoencoder.json").is_file()
 
 
 def load_autoencoder(path: str | Path) -> Autoencoder:
@@ -353,7 +391,8 @@ def start(config: AutoencoderConfig, command: list[str]) -> AutoencoderTrainer:
         UserError: its folder already holds one, the images are missing, or its pruning cannot be
             carried out.
     """
-    folder = Path("runs") / f"autoencoder-{config.data.name}" / config.prune.method
+    arm = f"{config.prune.method}{'-of-finished' if config.start_from else ''}"
+    folder = Path("runs") / f"autoencoder-{config.data.name}" / arm
     run_dir = Path(config.run_dir) if config.run_dir else folder / f"seed{config.seed}"
     trainer = AutoencoderTrainer(config, run_dir)
     if trainer.course:
@@ -373,9 +412,13 @@ def resume(config: AutoencoderConfig, given: list[str]) -> AutoencoderTrainer:
     if wrong := sorted(set(given) - _MAY_CHANGE_ON_RESUME):
         raise UserError(f"{wrong[0]} cannot change when a run is resumed; updates and threads can")
     changed = {name: getattr(config, name) for name in given if name != "resume"}
-    trainer = AutoencoderTrainer(dataclasses.replace(saved, **changed), run_dir)
-    if any((run_dir / "checkpoints").glob("[0-9]*-[0-9]*")):
-        trainer.load(checkpoint_dir(run_dir))
+    if not any((run_dir / "checkpoints").glob("[0-9]*-[0-9]*")):
+        # It was killed before its first checkpoint.
+        return AutoencoderTrainer(dataclasses.replace(saved, **changed), run_dir)
+    # Its own checkpoint holds what it was started with.
+    own = {"start_from": None, "prune": dataclasses.replace(saved.prune, plan=None)}
+    trainer = AutoencoderTrainer(dataclasses.replace(saved, **changed, **own), run_dir)
+    trainer.load(checkpoint_dir(run_dir))
     return trainer
 
 

@@ -14,7 +14,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tdmpc_prune.agent.config import PRESETS, AgentConfig
-from tdmpc_prune.autoencoder.config import DataConfig
+from tdmpc_prune.autoencoder.config import DATA, DataConfig
 from tdmpc_prune.autoencoder.config import LearningConfig as AutoencoderLearningConfig
 from tdmpc_prune.autoencoder.config import NetworkConfig as AutoencoderNetworkConfig
 from tdmpc_prune.errors import UserError
@@ -75,6 +75,9 @@ class AutoencoderConfig:
     run_dir: str | None = setting(
         None, "folder of the run; null takes runs/autoencoder-<data>/<prune>/seed<seed>"
     )
+    start_from: str | None = setting(
+        None, "checkpoint to start from, see scripts/prune.py; updates goes on from its count"
+    )
     resume: str | None = setting(
         None, "folder of a run to go on with; only updates and threads may be changed"
     )
@@ -89,29 +92,33 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class PruneCheckpointConfig:
-    """Pruning of a finished agent."""
+    """Pruning of a finished agent or autoencoder."""
 
-    checkpoint: str = setting(MISSING, "the agent: a run folder (its newest checkpoint) or one")
+    checkpoint: str = setting(MISSING, "a run folder (its newest checkpoint) or a checkpoint")
     prune: PruneConfig = setting(
         lambda: PruneConfig(method="bayesian", start=0.0), "how to compress"
     )
     env_steps: int = setting(
-        20_000, "training from here to the end, in simulator steps; 0 only cuts"
+        20_000, "an agent's training from here to the end, in simulator steps; 0 only cuts"
     )
+    updates: int = setting(4_000, "an autoencoder's training from here to the end; 0 only cuts")
     explain: str | None = setting(
         None, "file for the plan of one cut to prune.sparsity; it is printed, and nothing is cut"
     )
     seed: int = setting(1, "of everything random")
     device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
     threads: int = setting(1, "CPU threads")
-    eval_every: int = setting(5_000, "env steps between evaluations")
-    eval_episodes: int = setting(10, "episodes per evaluation")
+    eval_every: int | None = setting(
+        None, "between evaluations; null takes 5 000 env steps, or 500 updates of an autoencoder"
+    )
+    eval_episodes: int = setting(10, "episodes per evaluation of an agent")
     run_dir: str | None = setting(
         None, "folder of the run; null takes runs/<task>/<prune>-of-finished/seed<seed>"
     )
 
     def __post_init__(self):
         require(self.env_steps >= 0, f"env_steps={self.env_steps} cannot be negative")
+        require(self.updates >= 0, f"updates={self.updates} cannot be negative")
         require(self.prune.method != "none", "prune=none cuts nothing; choose what ranks the units")
         check_machine(self.device, self.threads)
 
@@ -219,6 +226,7 @@ class CoefficientsConfig:
     tolerance: float = setting(0.01, "by which the sparsity may be exceeded")
     largest: float = setting(0.8, "coefficient that a group may have (c_max)")
     budget: int = setting(100, "grid: most evaluations of the score")
+    steps: int = setting(100, "gradient: steps of the descent, each on the loss of one batch")
     fine_tuning: int = setting(500, "after the cut: updates, or an agent's env steps")
     episodes: int = setting(5, "of an agent: per measurement of its return")
     prune: PruneConfig = setting(
@@ -240,6 +248,7 @@ class CoefficientsConfig:
         require(0 < self.largest <= 1, f"largest={self.largest} must lie in (0, 1]")
         require(self.episodes >= 1, f"episodes={self.episodes} must be at least 1")
         require(self.budget >= 1, f"budget={self.budget} must be at least 1")
+        require(self.steps >= 2, f"steps={self.steps} must be at least 2")
         require(self.fine_tuning >= 0, f"fine_tuning={self.fine_tuning} cannot be negative")
         require(
             self.prune.method != "none", "prune=none ranks nothing; choose what ranks the units"
@@ -256,6 +265,7 @@ class CompareCoefficientsConfig:
     tolerance: float = setting(0.01, "by which a sparsity may be exceeded")
     largest: float = setting(0.8, "coefficient that a group may have (c_max)")
     budget: int = setting(100, "grid: most evaluations of the score")
+    steps: int = setting(100, "gradient: steps of the descent, each on the loss of one batch")
     fine_tuning: int = setting(500, "after the cut: updates, or an agent's env steps")
     episodes: int = setting(5, "of an agent: per measurement of its return")
     prune: PruneConfig = setting(
@@ -331,6 +341,7 @@ COMMANDS = {
 }
 GROUPS = {
     "model": PRESETS,
+    "data": {name: DataConfig(name) for name in DATA},
     "prune": {method: PruneConfig(method=method) for method in ("none", *METRICS)},
 }
 

@@ -12,12 +12,14 @@ import io
 import json
 import tempfile
 import time
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+from scipy.stats import t as student_t
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,15 +31,16 @@ from tdmpc_prune.autoencoder.learner import AutoencoderLearner
 from tdmpc_prune.autoencoder_training import (
     AutoencoderTrainer,
     autoencoder_computation,
+    is_autoencoder,
     load_autoencoder,
     saved_config,
 )
-from tdmpc_prune.checkpoint import checkpoint_dir
 from tdmpc_prune.compression import agent_computation
 from tdmpc_prune.config import (
     CoefficientsConfig,
     CompareCoefficientsConfig,
     PruneCheckpointConfig,
+    by_dotted_name,
 )
 from tdmpc_prune.evaluation import evaluate
 from tdmpc_prune.pruning.coefficients import Ranking, by_gradient, by_grid
@@ -47,6 +50,20 @@ from tdmpc_prune.pruning.importance import Tracker
 from tdmpc_prune.pruning.plan import Plan, make_plan
 from tdmpc_prune.pruning.surgery import commit
 from tdmpc_prune.training import EVALUATION_SEED, Trainer
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over images or episodes."""
+
+    mean: float
+    interval: float  # half of the width of its 95 % confidence interval (Student's t)
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Score:
+        count = len(values)
+        error = np.std(values, ddof=1) / np.sqrt(count) if count > 1 else np.nan
+        return Score(float(np.mean(values)), float(student_t.ppf(0.975, count - 1) * error))
 
 
 class Subject(Protocol):
@@ -62,25 +79,24 @@ class Subject(Protocol):
     def loss(self, networks: dict[str, nn.Module]) -> Tensor:
         """Of one new batch; positive."""
 
-    def measure(self, plan: Plan | None = None) -> float:
-        """The score of a copy that is cut by `plan`, or of the network as it is."""
+    def measure(self, plan: Plan | None = None) -> Score:
+        """Of a copy that is cut by `plan`, or of the network as it is."""
 
-    def fine_tuned(self, plan: Plan, length: int) -> float:
-        """The score of a copy that is cut, and trained for so long after it."""
+    def fine_tuned(self, plan: Plan, length: int) -> Score:
+        """Of a copy that is cut, and trained for so long after it."""
 
 
 def load_subject(config: CoefficientsConfig) -> Subject:
     """The autoencoder or the agent of a checkpoint. Raises UserError: there is none."""
-    folder = checkpoint_dir(config.checkpoint)
-    kind = _Autoencoder if (folder / "autoencoder.json").is_file() else _Agent
-    return kind(config)
+    return (_Autoencoder if is_autoencoder(config.checkpoint) else _Agent)(config)
 
 
 class _Autoencoder:
     score = "PSNR, dB"
 
     def __init__(self, config: CoefficientsConfig):
-        settings = replace(saved_config(config.checkpoint), seed=config.seed, prune=PruneConfig())
+        saved = saved_config(config.checkpoint)
+        settings = replace(saved, seed=config.seed, prune=PruneConfig(), start_from=None)
         self._trainer = AutoencoderTrainer(settings, Path(config.checkpoint))
         self._model = load_autoencoder(config.checkpoint)
         self.networks: dict[str, nn.Module] = {"model": self._model}
@@ -98,14 +114,14 @@ class _Autoencoder:
         images = self._trainer.batch()
         return F.mse_loss(networks["model"](images), images)
 
-    def measure(self, plan: Plan | None = None) -> float:
-        return float(np.mean(self._trainer.psnr(self._cut(plan))))
+    def measure(self, plan: Plan | None = None) -> Score:
+        return Score.of(self._trainer.psnr(self._cut(plan)))
 
-    def fine_tuned(self, plan: Plan, length: int) -> float:
+    def fine_tuned(self, plan: Plan, length: int) -> Score:
         learner = self._learner(self._cut(plan))
         for _ in range(length):
             learner.update(self._trainer.batch())
-        return float(np.mean(self._trainer.psnr(learner.model)))
+        return Score.of(self._trainer.psnr(learner.model))
 
     def _cut(self, plan: Plan | None):
         model = copy.deepcopy(self._model)
@@ -162,22 +178,23 @@ class _Agent:
         acted = F.mse_loss(model.act(model.encode(batch.observation)), wanted)
         return learning.reward_weight * terms.reward + learning.value_weight * terms.value + acted
 
-    def measure(self, plan: Plan | None = None) -> float:
+    def measure(self, plan: Plan | None = None) -> Score:
         model, target = copy.deepcopy((self._learner.model, self._learner.target))
         if plan is not None:
             computation = agent_computation(model, target, self._agent)
             commit(plan, find_groups(computation), computation)
         config = self._trainer.config
-        return evaluate(
+        found = evaluate(
             model,
             self._agent,
             config.task,
             config.action_repeat,
             self._config.episodes,
             EVALUATION_SEED,
-        ).mean
+        )
+        return Score.of(found.returns)
 
-    def fine_tuned(self, plan: Plan, length: int) -> float:
+    def fine_tuned(self, plan: Plan, length: int) -> Score:
         if not length:
             return self.measure(plan)
         with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +202,7 @@ class _Agent:
             plan.save(path)
             prune = replace(self._config.prune, plan=str(path), max_return_drop=1e9)
             run = self._pruning(prune, length, str(Path(folder) / "run"))
-            return prune_checkpoint.start(run, []).run().mean
+            return Score.of(prune_checkpoint.start(run, []).run().returns)
 
 
 @dataclass(frozen=True)
@@ -195,10 +212,10 @@ class Found:
     method: str
     coefficients: dict[str, float]  # group → fraction of its units that goes, of the plan
     sparsity: float  # of the cut network
-    before: float  # score of the network as it is
-    cut: float  # right after the cut
-    fine_tuned: float
-    evaluations: int  # of the loss (gradient) or of the score (grid) during the search
+    before: Score  # of the network as it is
+    cut: Score  # right after the cut
+    fine_tuned: Score
+    evaluations: int  # of a batch's loss (gradient) or of the score (grid) during the search
     seconds: float  # of the search
 
 
@@ -222,13 +239,19 @@ def search(
                 bar.update(done - bar.n)
 
             if config.method == "gradient":
-                wanted, evaluations = by_gradient(
-                    ranking, subject.networks, subject.loss, config.sparsity, progress
+                evaluations = config.steps
+                wanted = by_gradient(
+                    ranking,
+                    subject.networks,
+                    subject.loss,
+                    config.sparsity,
+                    config.steps,
+                    progress,
                 )
             else:
                 wanted, evaluations = by_grid(
                     ranking,
-                    subject.measure,
+                    lambda plan: subject.measure(plan).mean,
                     config.sparsity,
                     config.tolerance,
                     config.budget,
@@ -260,10 +283,14 @@ def text(found: Found, score: str) -> str:
     table = tabulate(rows, ["group", "coefficient"], "pipe", disable_numparse=True)
     return (
         f"{table}\n\n"
-        f"{found.method}: sparsity {found.sparsity:.4f}; {score}: {found.before:.2f} before, "
-        f"{found.cut:.2f} after the cut, {found.fine_tuned:.2f} after fine-tuning; "
-        f"{found.evaluations} evaluations in {found.seconds:.1f} s"
+        f"{found.method}: sparsity {found.sparsity:.4f}; {score}: {_shown(found.before)} before, "
+        f"{_shown(found.cut)} after the cut, {_shown(found.fine_tuned)} after fine-tuning "
+        f"(± half of the 95 % interval over its images or episodes); {found.evaluations} evaluations in {found.seconds:.1f} s"
     )
+
+
+def _shown(score: Score) -> str:
+    return f"{score.mean:.2f} ± {score.interval:.2f}"
 
 
 # --- The comparison ---------------------------------------------------------------------------
@@ -303,6 +330,7 @@ def compare(config: CompareCoefficientsConfig) -> tuple[list[Row], str]:
                     tolerance=config.tolerance,
                     largest=config.largest,
                     budget=config.budget,
+                    steps=config.steps,
                     fine_tuning=config.fine_tuning,
                     episodes=config.episodes,
                     prune=replace(config.prune, method=metric),
@@ -320,7 +348,7 @@ def compare(config: CompareCoefficientsConfig) -> tuple[list[Row], str]:
 
 def comparison_table(rows: list[Row], sparsities: list[float], score: str) -> str:
     """Score right after the cut → after fine-tuning, means over the checkpoints, as Markdown."""
-    before = np.mean([row.found.before for row in rows])
+    before = np.mean([row.found.before.mean for row in rows])
     lines = []
     for arm in ARMS:
         cells = []
@@ -328,8 +356,8 @@ def comparison_table(rows: list[Row], sparsities: list[float], score: str) -> st
             own = [
                 r.found for r in rows if r.arm == arm and abs(r.found.sparsity - sparsity) < 0.05
             ]
-            means = [np.mean([getattr(f, name) for f in own]) for name in ("cut", "fine_tuned")]
-            cells.append(" → ".join(f"{mean:.2f}" for mean in means))
+            pairs = [[f.cut for f in own], [f.fine_tuned for f in own]]
+            cells.append(" → ".join(_shown(_mean(scores)) for scores in pairs))
         own = [r.found for r in rows if r.arm == arm]
         cells.append(f"{np.mean([f.evaluations for f in own]):.0f}")
         cells.append(f"{np.mean([f.seconds for f in own]):.1f}")
@@ -340,13 +368,22 @@ def comparison_table(rows: list[Row], sparsities: list[float], score: str) -> st
     return f"{score}, mean of {count} checkpoint(s); before the cut {before:.2f}\n\n{table}"
 
 
+def _mean(scores: list[Score]) -> Score:
+    """Of checkpoints; the interval is that of images or episodes, not of training seeds."""
+    means, intervals = zip(*((score.mean, score.interval) for score in scores), strict=True)
+    return Score(float(np.mean(means)), float(np.linalg.norm(intervals) / len(scores)))
+
+
 def comparison_csv(rows: list[Row]) -> str:
     """One line for each cut."""
     text = io.StringIO()
-    names = [field.name for field in fields(Found) if field.name != "coefficients"]
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["checkpoint", "arm", *names, "coefficients"])
     for row in rows:
-        values = [getattr(row.found, name) for name in names]
-        writer.writerow([row.checkpoint, row.arm, *values, json.dumps(row.found.coefficients)])
+        found = asdict(row.found)
+        coefficients = found.pop("coefficients")
+        values = by_dotted_name({"checkpoint": row.checkpoint, "arm": row.arm} | found)
+        values["coefficients"] = json.dumps(coefficients)
+        if row is rows[0]:
+            writer.writerow(values)
+        writer.writerow(values.values())
     return text.getvalue()

@@ -1,15 +1,17 @@
-"""Pruning a finished agent: the same run as training, started from its checkpoint."""
+"""Pruning a finished agent or autoencoder: the same run as training, from its checkpoint on."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from tdmpc_prune import pruning_steps, runs
+from tdmpc_prune import autoencoder_training, pruning_steps, runs
+from tdmpc_prune.autoencoder_training import AutoencoderTrainer
 from tdmpc_prune.checkpoint import load_agent
 from tdmpc_prune.compression import check
-from tdmpc_prune.config import PruneCheckpointConfig, TrainConfig
+from tdmpc_prune.config import AutoencoderConfig, PruneCheckpointConfig, TrainConfig
 from tdmpc_prune.errors import RunError
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.training import Trainer
@@ -27,11 +29,37 @@ def training_config(config: PruneCheckpointConfig) -> TrainConfig:
         device=config.device,
         threads=config.threads,
         action_repeat=agent.action_repeat,
-        eval_every=config.eval_every,
+        eval_every=config.eval_every or 5_000,
         eval_episodes=config.eval_episodes,
         run_dir=config.run_dir,
         start_from=str(config.checkpoint),
     )
+
+
+def autoencoder_config(config: PruneCheckpointConfig) -> AutoencoderConfig:
+    """The run that takes the autoencoder from its checkpoint to the end of its recovery."""
+    saved = autoencoder_training.saved_config(config.checkpoint)
+    done = autoencoder_training.updates_of(config.checkpoint)
+    return replace(
+        saved,
+        prune=config.prune,
+        seed=config.seed,
+        updates=done + config.updates,
+        eval_every=config.eval_every or 500,
+        threads=config.threads,
+        run_dir=config.run_dir,
+        start_from=str(config.checkpoint),
+        resume=None,
+    )
+
+
+def run(config: PruneCheckpointConfig, command: list[str]) -> None:
+    """Prune in a new run, and say what came of it. Raises UserError: see `runs.start`."""
+    if autoencoder_training.is_autoencoder(config.checkpoint):
+        trainer = autoencoder_training.start(autoencoder_config(config), command)
+        autoencoder_training.finish(trainer)
+    else:
+        runs.finish(start(config, command))
 
 
 def start(config: PruneCheckpointConfig, command: list[str]) -> Trainer:
@@ -46,9 +74,14 @@ def explain(config: PruneCheckpointConfig) -> Plan:
         UserError: see `runs.start`.
         RunError: the file cannot be written.
     """
-    trainer = Trainer(training_config(config), Path(config.run_dir or "."))
-    check(trainer.course, trainer.config)
-    pruning_steps.gather_all(trainer, trainer.config.env_steps)
+    folder = Path(config.run_dir or ".")
+    if autoencoder_training.is_autoencoder(config.checkpoint):
+        trainer = AutoencoderTrainer(autoencoder_config(config), folder)
+        trainer.course.check()
+    else:
+        trainer = Trainer(training_config(config), folder)
+        check(trainer.course, trainer.config)
+    pruning_steps.gather_all(trainer)
     plan = trainer.course.plan_at(1.0, config.prune.sparsity)
     try:
         plan.save(Path(config.explain))
@@ -59,5 +92,5 @@ def explain(config: PruneCheckpointConfig) -> Plan:
 
 def gathered_densities(trainer: Trainer) -> np.ndarray:
     """`[U]` importance per parameter of every unit of a finished agent."""
-    pruning_steps.gather_all(trainer, trainer.config.env_steps)
+    pruning_steps.gather_all(trainer)
     return trainer.course.densities(1.0)

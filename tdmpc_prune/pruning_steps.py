@@ -59,10 +59,10 @@ def gather(run: Run) -> None:
     run.log.progress(doing=f"gathering gradients ({run.course.stage.gathered})")
 
 
-def gather_all(run: Run, length: int) -> None:
+def gather_all(run: Run) -> None:
     """Play and gather what the importance needs, without changing anything saved."""
     with tempfile.TemporaryDirectory() as folder:
-        run.log = RunLog(Path(folder), run.now, length, 0, run.course.unit)
+        run.log = RunLog(Path(folder), run.now, run.now, 0, run.course.unit)
         while run.course.due(run.now) == "gather":
             run.step()
         run.log.close()

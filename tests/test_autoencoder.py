@@ -205,12 +205,31 @@ def test_as_typed(tmp_path):
     assert again.returncode == 2 and "already holds a run" in again.stderr
 
 
+def test_a_finished_autoencoder_is_pruned_explained_and_resumed(whole_run, tmp_path):
+    training.start(small(tmp_path / "dense", prune=PruneConfig()), []).run()
+    settings = ["checkpoint=dense", "updates=40", "prune.sparsity=0.6", "prune.steps=2"]
+    settings += ["prune.gather_updates=3", "prune.min_width=2", "prune.round_to=1", "eval_every=20"]
+    done = run("prune.py", *settings, "explain=plan.json", cwd=tmp_path)
+    assert done.returncode == 0 and "nothing was cut" in done.stdout, done.stderr
+    done = run("prune.py", *settings, "run_dir=pruned", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    steps = read_history(tmp_path / "pruned", "pruning step")
+    assert [step["step"] for step in steps] == [1, 2] and steps[0]["cut_at"] >= 60
+    assert read_history(tmp_path / "pruned", "evaluation")[-1]["updates"] == 100
+    (tmp_path / "plan.json").unlink()
+    shutil.rmtree(tmp_path / "dense")
+    longer = small(tmp_path / "pruned", resume=str(tmp_path / "pruned"), updates=110)
+    training.resume(longer, ["resume", "updates"]).run()
+    done = run("prune.py", f"checkpoint={whole_run}", "prune.sparsity=0.5", cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.name=mnist"], "data.name=mnist needs data.dir="),
-        (["data.name=mnist", "data.dir=."], "holds neither train-images-idx3-ubyte nor"),
-        (["data.name=cifar"], "must be one of digits, mnist"),
+        (["data=mnist"], "data=mnist needs data.dir="),
+        (["data=mnist", "data.dir=."], "holds neither train-images-idx3-ubyte nor"),
+        (["data=cifar"], "data=cifar is not a choice; the choices are digits, mnist"),
         (["network.kind=residual"], "must be one of convolutional, connected"),
         (["network.widths=[]"], "must be positive, and at least one"),
         (["updates=0"], "updates=0 must be at least 1"),

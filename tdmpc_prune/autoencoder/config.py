@@ -18,7 +18,7 @@ class DataConfig:
     dir: str | None = setting(None, "folder with MNIST's IDX files, gzipped or not")
 
     def __post_init__(self):
-        require(self.name in DATA, f"data.name={self.name} must be one of {', '.join(DATA)}")
+        require(self.name in DATA, f"data={self.name} must be one of {', '.join(DATA)}")
 
 
 @dataclass(frozen=True)

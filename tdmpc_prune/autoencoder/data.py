@@ -40,7 +40,7 @@ def load_images(name: str, folder: str | None) -> Images:
     if name == "digits":
         return _digits()
     if folder is None:
-        raise UserError("data.name=mnist needs data.dir=<folder with MNIST's IDX files>")
+        raise UserError("data=mnist needs data.dir=<folder with MNIST's IDX files>")
     sets = {}
     for part, file in _MNIST.items():
         paths = [Path(folder) / file, Path(folder) / f"{file}.gz"]

@@ -32,8 +32,7 @@ from tdmpc_prune.pruning.plan import Plan, plan_of, width_floors
 Objective = Callable[[dict[str, nn.Module]], Tensor]  # networks → the loss of one batch
 Metric = Callable[[Plan], float]  # a plan → the task metric of the network cut by it; higher wins
 
-_STEPS = 400  # of gradient descent
-_RATE = 0.01  # of Adam, on the coefficients
+_RATE = 0.2  # of Adam, on the coefficients, over the root of the number of steps
 _FIRST_TAU, _LAST_TAU = 0.2, 0.01
 _SLACK = 3.0  # times tau that a coefficient may lie beyond its range meanwhile
 _PENALTY = 100.0  # of the squared violation of the constraint
@@ -290,8 +289,9 @@ def by_gradient(
     networks: Mapping[str, nn.Module],
     objective: Objective,
     sparsity: float,
+    steps: int,
     progress: Callable[[int, int], None] = lambda done, of: None,
-) -> tuple[dict[str, float], int]:
+) -> dict[str, float]:
     """Coefficients by gradient descent on the loss of the soft-masked networks.
 
     The logarithm of the loss is minimised, so that its scale does not matter, under an augmented
@@ -302,23 +302,24 @@ def by_gradient(
         networks: that the structure was found in.
         objective: the loss of a new batch at each call.
         sparsity: to be reached.
+        steps: of the descent, at least 2; each evaluates the objective once.
         progress: told steps done, and of how many.
 
     Returns:
-        Group → coefficient, and how often the objective was evaluated.
+        Group → coefficient.
     """
     names = [name for name, most in ranking.largest.items() if most > 0]
     most = torch.tensor([ranking.largest[name] for name in names])
     values = torch.minimum(torch.full_like(most, _uniform(ranking, sparsity)), most)
     values.requires_grad_()
-    optimiser = torch.optim.Adam([values], lr=_RATE)
+    optimiser = torch.optim.Adam([values], lr=_RATE / math.sqrt(steps))
     multiplier = 0.0
     # A protected group keeps even its least important unit while tau is large.
     kept = {name: torch.tensor(-math.inf) for name in ranking.largest if name not in names}
     trained = [p for module in networks.values() for p in module.parameters() if p.requires_grad]
     with _frozen(trained):
-        for step in range(_STEPS):
-            tau = _FIRST_TAU * (_LAST_TAU / _FIRST_TAU) ** (step / (_STEPS - 1))
+        for step in range(steps):
+            tau = _FIRST_TAU * (_LAST_TAU / _FIRST_TAU) ** (step / (steps - 1))
             masks = ranking.masks(kept | dict(zip(names, values, strict=True)), tau)
             loss = masked(objective, networks, ranking.structure, masks)
             gone = ranking.sparsity({name: mask.sum() for name, mask in masks.items()})
@@ -330,9 +331,9 @@ def by_gradient(
             with torch.no_grad():  # where all masks of a group are 0 or 1, nothing pulls it back
                 values.copy_(values.clamp(min=-_SLACK * tau).minimum(most + _SLACK * tau))
             multiplier += _PENALTY / 10 * short.item()
-            progress(step + 1, _STEPS)
+            progress(step + 1, steps)
     found = values.detach().clamp(min=0.0).minimum(most).tolist()
-    return dict.fromkeys(ranking.largest, 0.0) | dict(zip(names, found, strict=True)), _STEPS
+    return dict.fromkeys(ranking.largest, 0.0) | dict(zip(names, found, strict=True))
 
 
 @contextlib.contextmanager
