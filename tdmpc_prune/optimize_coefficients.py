@@ -27,7 +27,9 @@ from tqdm import tqdm
 
 from tdmpc_prune import prune_checkpoint
 from tdmpc_prune.agent.learner import model_loss
+from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.autoencoder.learner import AutoencoderLearner
+from tdmpc_prune.autoencoder.model import Autoencoder
 from tdmpc_prune.autoencoder_training import (
     AutoencoderTrainer,
     autoencoder_computation,
@@ -72,6 +74,7 @@ class Subject(Protocol):
     score: str  # what `measure` returns
     networks: dict[str, nn.Module]
     structure: Structure
+    before: Score  # of the network as it is
 
     def densities(self, prune: PruneConfig) -> np.ndarray:
         """`[U]` importance per parameter of every unit, from the gradients of some batches."""
@@ -79,8 +82,8 @@ class Subject(Protocol):
     def loss(self, networks: dict[str, nn.Module]) -> Tensor:
         """Of one new batch; positive."""
 
-    def measure(self, plan: Plan | None = None) -> Score:
-        """Of a copy that is cut by `plan`, or of the network as it is."""
+    def measure(self, plan: Plan) -> Score:
+        """Of a copy that is cut by `plan`."""
 
     def fine_tuned(self, plan: Plan, length: int) -> Score:
         """Of a copy that is cut, and trained for so long after it."""
@@ -101,6 +104,7 @@ class _Autoencoder:
         self._model = load_autoencoder(config.checkpoint)
         self.networks: dict[str, nn.Module] = {"model": self._model}
         self.structure = find_groups(autoencoder_computation(self._model))
+        self.before = Score.of(self._trainer.psnr(self._model))
 
     def densities(self, prune: PruneConfig) -> np.ndarray:
         learner = self._learner(self._model)
@@ -114,7 +118,7 @@ class _Autoencoder:
         images = self._trainer.batch()
         return F.mse_loss(networks["model"](images), images)
 
-    def measure(self, plan: Plan | None = None) -> Score:
+    def measure(self, plan: Plan) -> Score:
         return Score.of(self._trainer.psnr(self._cut(plan)))
 
     def fine_tuned(self, plan: Plan, length: int) -> Score:
@@ -123,11 +127,10 @@ class _Autoencoder:
             learner.update(self._trainer.batch())
         return Score.of(self._trainer.psnr(learner.model))
 
-    def _cut(self, plan: Plan | None):
+    def _cut(self, plan: Plan) -> Autoencoder:
         model = copy.deepcopy(self._model)
-        if plan is not None:
-            computation = autoencoder_computation(model)
-            commit(plan, find_groups(computation), computation)
+        computation = autoencoder_computation(model)
+        commit(plan, find_groups(computation), computation)
         return model
 
     def _learner(self, model) -> AutoencoderLearner:
@@ -149,6 +152,7 @@ class _Agent:
             "target": self._learner.target,
         }
         self.structure = self._trainer.course.structure
+        self.before = self._score(self._learner.model)
 
     def _pruning(self, prune: PruneConfig, env_steps: int, run_dir: str | None = None):
         return PruneCheckpointConfig(
@@ -178,11 +182,13 @@ class _Agent:
         acted = F.mse_loss(model.act(model.encode(batch.observation)), wanted)
         return learning.reward_weight * terms.reward + learning.value_weight * terms.value + acted
 
-    def measure(self, plan: Plan | None = None) -> Score:
+    def measure(self, plan: Plan) -> Score:
         model, target = copy.deepcopy((self._learner.model, self._learner.target))
-        if plan is not None:
-            computation = agent_computation(model, target, self._agent)
-            commit(plan, find_groups(computation), computation)
+        computation = agent_computation(model, target, self._agent)
+        commit(plan, find_groups(computation), computation)
+        return self._score(model)
+
+    def _score(self, model: WorldModel) -> Score:
         config = self._trainer.config
         found = evaluate(
             model,
@@ -200,7 +206,9 @@ class _Agent:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "plan.json"
             plan.save(path)
-            prune = replace(self._config.prune, plan=str(path), max_return_drop=1e9)
+            prune = replace(
+                self._config.prune, plan=str(path), max_return_drop=1e9, eval_episodes=1
+            )
             run = self._pruning(prune, length, str(Path(folder) / "run"))
             return Score.of(prune_checkpoint.start(run, []).run().returns)
 
@@ -268,7 +276,7 @@ def search(
         method=config.method,
         coefficients={name: 1 - after[name] / width for name, width in plan.widths.items()},
         sparsity=plan.achieved,
-        before=subject.measure(),
+        before=subject.before,
         cut=subject.measure(plan),
         fine_tuned=subject.fine_tuned(plan, config.fine_tuning),
         evaluations=evaluations,
