@@ -7,16 +7,15 @@ from pathlib import Path
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import CoefficientsConfig
 from tdmpc_prune.files import write_file
-from tdmpc_prune.optimize_coefficients import load_subject, search, text
+from tdmpc_prune.optimize_coefficients import optimize, text
 from tdmpc_prune.runtime import set_threads
 
 
 def main(config: CoefficientsConfig, given: list[str]) -> None:
     """Find, by grid search or gradient descent, how much to take from each group; cut a copy."""
     set_threads(config.threads)
-    subject = load_subject(config)
-    found, plan = search(config, subject, subject.densities(config.prune))
-    print(text(found, subject.score))
+    found, plan, score = optimize(config)
+    print(text(found, score))
     out = Path(config.out or f"{config.method}-{config.sparsity:g}.json")
     write_file(out, plan.as_json(), "out")
     results = out.with_suffix(".result.json")

@@ -218,6 +218,21 @@ def load_agent(
         raise UserError(f"checkpoint '{folder}' is damaged: {reason}") from error
 
 
+def load_agents(path: str | Path) -> dict[str, SavedAgent]:
+    """The agents of a checkpoint, by name: all of a pruning run, or one with its dense parent.
+
+    Raises:
+        UserError: there is no agent.
+    """
+    kept = sorted(Path(path).glob("agents/[!.]*/agent.json"))
+    found = {file.parent.name: load_agent(file.parent) for file in kept}
+    latest = load_agent(path)
+    name = "latest" if found else Path(path).name
+    if not found and latest.parent:
+        found["dense"] = load_agent(latest.parent)
+    return found | {name: latest}
+
+
 def _found(folder: Path, relative: str | None) -> Path | None:
     """The folder of an agent, named relative to another's; None if it is not there any more."""
     path = Path(os.path.normpath(folder / relative)) if relative else None

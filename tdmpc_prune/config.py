@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -277,6 +278,97 @@ class CompareCoefficientsConfig:
 
 
 @dataclass(frozen=True)
+class SensitivityConfig:
+    """A measurement of what each group of a network is worth."""
+
+    checkpoint: str = setting(MISSING, "a run of an agent or an autoencoder, or a checkpoint")
+    fractions: list[float] = setting(
+        lambda: [0.25, 0.5, 0.75], "of each group's units to remove, ascending"
+    )
+    groups: list[str] = setting(list, "names of the groups; none takes all, see groups.py")
+    episodes: int = setting(3, "of an agent: per removal")
+    prune: PruneConfig = setting(
+        lambda: PruneConfig(method="bayesian"), "which metric ranks the units, and how it is got"
+    )
+    processes: int = setting(2, "that measure at the same time")
+    seed: int = setting(1, "of batches and of the random order")
+    threads: int = setting(1, "CPU threads of each process")
+    out: str = setting("sensitivity", "of the files <out>.png, <out>.md and <out>.json")
+
+    def __post_init__(self):
+        ends = [0.0, *self.fractions, 1.0]
+        require(
+            len(ends) > 2 and all(a < b for a, b in pairwise(ends)),
+            f"fractions={list(self.fractions)} must ascend between 0 and 1",
+        )
+        for name in ("episodes", "processes"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name}={value} must be at least 1")
+        require(
+            self.prune.method != "none", "prune=none ranks nothing; choose what ranks the units"
+        )
+        require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31)")
+        check_machine("cpu", self.threads)
+
+
+@dataclass(frozen=True)
+class DisturbConfig:
+    """What is different from the task as it was learnt; see `envs.disturb`."""
+
+    observation_noise: float = setting(0.0, "standard deviation, in each observation's own units")
+    action_noise: float = setting(0.0, "standard deviation, where actions go from -1 to 1")
+    action_delay: int = setting(0, "decisions by which every action comes late")
+    mass: dict[str, float] = setting(dict, "body → factor on its mass: {pole_1: 1.5}")
+
+    def __post_init__(self):
+        for name in ("observation_noise", "action_noise", "action_delay"):
+            value = getattr(self, name)
+            require(value >= 0, f"disturb.{name}={value} cannot be negative")
+        for body, factor in self.mass.items():
+            require(factor > 0, f"disturb.mass: {body}={factor} must be positive")
+
+
+@dataclass(frozen=True)
+class StabilityConfig:
+    """A statistical certificate of stability."""
+
+    checkpoint: Any = setting(MISSING, "a pruning run (all its agents), an agent, or [a, list]")
+    reference: str | None = setting(
+        None, "dense agent whose value gap is used; null takes the one that the checkpoint names"
+    )
+    episodes: int = setting(100, "of each agent, and to calibrate the target set")
+    level: float = setting(
+        0.99, "fraction of the reference's own episodes whose end defines the target set"
+    )
+    hold: float = setting(0.25, "fraction of an episode, at its end, in the target set")
+    probability: float = setting(0.9, "of reaching it and staying, required of the lower bound")
+    max_return_drop: float = setting(0.05, "fraction of the dense agent's return, at most")
+    disturb: DisturbConfig = setting(DisturbConfig, "what is different from the task as learnt")
+    processes: int = setting(2, "that play at the same time")
+    seed: int = setting(0, "of initial states, planner noise and disturbances")
+    threads: int = setting(1, "CPU threads")
+    out: str = setting("stability", "of <out>.json, <out>-gap.png and <out>-boundary.png")
+
+    def __post_init__(self):
+        paths = [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint
+        require(
+            isinstance(paths, list) and len(paths) > 0 and all(isinstance(p, str) for p in paths),
+            f"checkpoint={self.checkpoint} must be a folder, or a list of them: [a, b]",
+        )
+        require(self.episodes >= 2, f"episodes={self.episodes} must be at least 2")
+        require(self.processes >= 1, f"processes={self.processes} must be at least 1")
+        for name in ("level", "hold", "probability"):
+            value = getattr(self, name)
+            require(0 < value < 1, f"{name}={value} must lie in (0, 1)")
+        require(
+            0 <= self.max_return_drop < 1,
+            f"max_return_drop={self.max_return_drop} must lie in [0, 1)",
+        )
+        require(0 <= self.seed < 2**30, f"seed={self.seed} must lie in [0, 2^30)")
+        check_machine("cpu", self.threads)
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """An export of a saved agent."""
 
@@ -336,6 +428,8 @@ COMMANDS = {
     "fit": FitConfig,
     "optimize_coefficients": CoefficientsConfig,
     "compare_coefficients": CompareCoefficientsConfig,
+    "sensitivity": SensitivityConfig,
+    "stability": StabilityConfig,
     "export": ExportConfig,
     "benchmark": BenchmarkConfig,
 }

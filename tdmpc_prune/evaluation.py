@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from envs import make_env
+from envs import disturb, make_env
 from tdmpc_prune.agent.config import AgentConfig
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan, planning_macs
 from tdmpc_prune.agent.world_model import Widths, WorldModel
@@ -45,6 +46,8 @@ def evaluate(
     episodes: int,
     seed: int,
     interrupted: Callable[[], bool] = lambda: False,
+    watch: Callable[[int, np.ndarray], None] = lambda episode, observation: None,
+    disturbances: Mapping[str, Any] | None = None,
 ) -> Evaluation | None:
     """Play `episodes` whole episodes without exploration.
 
@@ -59,10 +62,18 @@ def evaluate(
         episodes: how many, all planned together.
         seed: of initial states and planner noise.
         interrupted: asked before every decision; when true the evaluation ends with None.
+        watch: told of every observation `[O]` of every episode, as it is without noise.
+        disturbances: arguments of `envs.disturb`; None leaves the task as it is.
     """
     started = time.perf_counter()
     environments = [make_env(task, action_repeat) for _ in range(episodes)]
-    observations = [env.reset(seed=seed + i)[0] for i, env in enumerate(environments)]
+    if disturbances is not None:
+        environments = [disturb(env, **disturbances) for env in environments]
+    observations = []
+    for i, env in enumerate(environments):
+        observation, info = env.reset(seed=seed + i)
+        observations.append(observation)
+        watch(i, info.get("observation", observation))
     action_width = environments[0].action_space.shape[0]
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -79,7 +90,8 @@ def evaluate(
         ended = []
         for place, action in enumerate(decision.actions.cpu().numpy()):
             i = running[place]
-            observations[i], reward, terminated, truncated, _ = environments[i].step(action)
+            observations[i], reward, terminated, truncated, info = environments[i].step(action)
+            watch(i, info.get("observation", observations[i]))
             returns[i] += reward
             if terminated or truncated:
                 ended.append(place)

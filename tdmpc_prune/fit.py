@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from tdmpc_prune import agent_report, playing
 from tdmpc_prune.agent.config import PlannerConfig
-from tdmpc_prune.checkpoint import SavedAgent, load_agent, load_parent
+from tdmpc_prune.checkpoint import SavedAgent, load_agent, load_agents, load_parent
 from tdmpc_prune.config import FitConfig, PruneCheckpointConfig
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.evaluation import Evaluation, agent_size, decision_milliseconds
@@ -165,21 +165,6 @@ class Fit:
         return image.getvalue()
 
 
-def networks(checkpoint: str) -> dict[str, SavedAgent]:
-    """The agents to choose from, by name: all of a pruning run, or one with its dense parent.
-
-    Raises:
-        UserError: there is no agent.
-    """
-    kept = sorted(Path(checkpoint).glob("agents/[!.]*/agent.json"))
-    found = {path.parent.name: load_agent(path.parent) for path in kept}
-    latest = load_agent(checkpoint)
-    name = "latest" if found else Path(checkpoint).name
-    if not found and latest.parent:
-        found["dense"] = load_agent(latest.parent)
-    return found | {name: latest}
-
-
 def search(config: FitConfig, found: dict[str, SavedAgent], reference: float) -> Fit:
     """Find the best agent that is fast enough.
 
@@ -286,7 +271,7 @@ def fit(config: FitConfig, folder: Path, command: str) -> Fit:
         UserError: there is no agent, or no dense one to compare it with.
         RunError: it could not be saved.
     """
-    found = networks(config.checkpoint)
+    found = load_agents(config.checkpoint)
     dense = dense_agent(config)
     card = dense.provenance.get("evaluation", {"returns": []})
     played = None

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from tdmpc_prune import autoencoder_training, pruning_steps, runs
 from tdmpc_prune.autoencoder_training import AutoencoderTrainer
 from tdmpc_prune.checkpoint import load_agent
@@ -88,9 +86,3 @@ def explain(config: PruneCheckpointConfig) -> Plan:
     except OSError as error:
         raise RunError(f"explain={config.explain} cannot be written: {error.strerror}") from error
     return plan
-
-
-def gathered_densities(trainer: Trainer) -> np.ndarray:
-    """`[U]` importance per parameter of every unit of a finished agent."""
-    pruning_steps.gather_all(trainer)
-    return trainer.course.densities(1.0)

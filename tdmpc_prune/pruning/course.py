@@ -154,7 +154,7 @@ class Course:
         for group in self.structure.groups:
             homes.setdefault(group.home, []).append(units[group.name])
         found: dict[str, dict[str, dict[str, float]]] = {}
-        for metric, values in self._densities(now).items():
+        for metric, values in self.all_densities(self.schedule.progress(now)).items():
             found.setdefault("groups", {})[metric] = {
                 name: float(values[own].mean()) for name, own in units.items()
             }
@@ -166,19 +166,10 @@ class Course:
 
     def rank_correlations(self, now: int) -> dict[str, float]:
         """Spearman's correlation of every two metrics over all units, by "one ~ other"."""
-        densities = self._densities(now)
+        densities = self.all_densities(self.schedule.progress(now))
         return {
             f"{one} ~ {other}": float(spearmanr(densities[one], densities[other]).statistic)
             for one, other in combinations(densities, 2)
-        }
-
-    def _densities(self, now: int) -> dict[str, np.ndarray]:
-        if not self._tracker.has_evidence:
-            return {}
-        progress = self.schedule.progress(now)
-        return {
-            metric: self._tracker.densities(metric, self._learner.model, progress)
-            for metric in self.config.tracked
         }
 
     def provenance(self) -> dict[str, Any]:
@@ -279,6 +270,13 @@ class Course:
     def plan_at(self, progress: float, sparsity: float, strict: bool = True) -> Plan:
         """A plan by the evidence so far, weighed as at `progress` of the schedule."""
         return self.plan(self.densities(progress), sparsity, strict)
+
+    def all_densities(self, progress: float) -> dict[str, np.ndarray]:
+        """The same as `densities` for each tracked metric; empty before any update."""
+        if not self._tracker.has_evidence:
+            return {}
+        network = self._learner.model
+        return {m: self._tracker.densities(m, network, progress) for m in self.config.tracked}
 
     def densities(self, progress: float) -> np.ndarray:
         """`[U]` importance per parameter of each unit, weighed as at `progress`."""

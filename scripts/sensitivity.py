@@ -1,0 +1,24 @@
+"""Measure what each group of a network is worth. `--help` lists every setting."""
+
+import json
+
+from tdmpc_prune import sensitivity
+from tdmpc_prune.command_line import run_command
+from tdmpc_prune.config import SensitivityConfig
+from tdmpc_prune.files import write_file
+
+
+def main(config: SensitivityConfig, given: list[str]) -> None:
+    """Remove units of each group, measure the score without recovery, and judge the metrics."""
+    found = sensitivity.measure(config)
+    table = sensitivity.text(found, config)
+    print(table)
+    write_file(f"{config.out}.md", table + "\n", "out")
+    values = json.dumps(sensitivity.as_json(found, config), indent=1)
+    write_file(f"{config.out}.json", values + "\n", "out")
+    write_file(f"{config.out}.png", sensitivity.picture(found, config), "out")
+    print(f"\nwritten to {config.out}.png, .md and .json")
+
+
+if __name__ == "__main__":
+    run_command("sensitivity", main)

@@ -1,0 +1,396 @@
+"""A statistical certificate of stability, and how far one may compress (after COM-PACT).
+
+The value gap W(s) = V_max - min Q(encoder(s), policy) of a fixed dense reference serves as the
+Lyapunov candidate along closed-loop trajectories of the agent under test (COM-PACT: Lyapunov
+criteria for a pruned TD-MPC agent). V_max, target set, sampling and boundary are ours. What comes
+out holds with confidence for states drawn as they were drawn here; it is no proof.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import binomtest
+from tabulate import tabulate
+
+from tdmpc_prune.agent.world_model import WorldModel
+from tdmpc_prune.checkpoint import SavedAgent, load_agents, load_parent
+from tdmpc_prune.config import StabilityConfig, to_plain
+from tdmpc_prune.errors import UserError
+from tdmpc_prune.evaluation import agent_size, evaluate
+from tdmpc_prune.parallel import measure_all
+from tdmpc_prune.runtime import set_threads, versions
+
+_TOGETHER = 10  # episodes that are played at once
+_CALIBRATION_SEED = 500_000  # added to the seed, so that the target set is of other episodes
+
+ASSUMPTIONS = (
+    "Initial states are independent draws from the task's own distribution; the bounds hold for "
+    "states drawn like these, in this simulator, with these disturbances and this planner budget.",
+    "W is a learnt function of the dense reference, not a verified Lyapunov function. V_max is "
+    "the largest value, and the target set's level a quantile, along the reference's own "
+    "undisturbed episodes, which are not those that are judged.",
+    "Transitions of one episode depend on each other: the interval of the violation rate uses one "
+    "transition outside the target set, drawn at random, of each episode.",
+    "An episode stays if W is within the level from some decision on, for at least `hold` of the "
+    "episode, until its time limit; one that ends early did not stay.",
+    "Intervals are exact (Clopper-Pearson), 95 %, two-sided, each on its own: no correction is "
+    "made for judging several agents.",
+    "This is a statistical certificate on sampled states, and no proof.",
+)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Successes of some independent trials, with an exact 95 % interval."""
+
+    successes: int
+    trials: int
+    low: float
+    high: float
+
+    @staticmethod
+    def of(outcomes: Sequence[bool]) -> Rate:
+        successes, trials = int(np.sum(outcomes)), len(outcomes)
+        if not trials:
+            return Rate(0, 0, 0.0, 1.0)
+        interval = binomtest(successes, trials).proportion_ci(0.95, method="exact")
+        return Rate(successes, trials, float(interval.low), float(interval.high))
+
+    def __str__(self) -> str:
+        share = self.successes / self.trials if self.trials else np.nan
+        return f"{share:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The states near which the reference ends: those with W up to `level`."""
+
+    largest_value: float  # V_max
+    level: float
+    hold: int  # decisions at the end of an episode in which it must not be left
+    decisions: int  # of an episode that goes on to its time limit
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What was found for one agent."""
+
+    name: str
+    folder: str
+    sparsity: float
+    parameters: int
+    violations: int  # transitions outside the target set along which W did not decrease
+    outside: int  # transitions outside the target set
+    sampled: Rate  # of violations, one transition of each episode
+    stayed: Rate  # episodes that reached the target set and stayed
+    mean_return: float
+    return_drop: float  # fraction of the dense agent's under the same conditions
+    safe: bool
+
+
+@dataclass(frozen=True)
+class Stability:
+    """The certificate, and the trajectories that it rests on."""
+
+    reference: str  # folder
+    target: Target
+    judged: tuple[Judged, ...]  # by sparsity; the dense reference itself first
+    boundary: Judged | None
+    gaps: dict[str, list[np.ndarray]]  # name → W along each episode, `[T + 1]`
+
+
+def judge(config: StabilityConfig) -> Stability:
+    """Play, and judge every agent of `config.checkpoint`.
+
+    Raises:
+        UserError: there is no such checkpoint, no dense agent to refer to, or agents are of
+            different tasks.
+        TaskError: there is no such body.
+    """
+    set_threads(config.threads)
+    agents, reference = _agents(config)
+    names = {"calibration": reference, "dense": reference} | agents
+    parts = [
+        (name, first, min(_TOGETHER, config.episodes - first))
+        for name in names
+        for first in range(0, config.episodes, _TOGETHER)
+    ]
+    jobs = [_job(config, name, names[name], first, count) for name, first, count in parts]
+    played = measure_all(jobs, len(jobs), config.processes, config.threads, "playing")
+    values: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    returns: dict[str, list[float]] = {name: [] for name in names}
+    for (name, _, _), (observed, own) in zip(parts, played, strict=True):
+        values[name] += [state_values(reference.model, episode) for episode in observed]
+        returns[name] += own
+    target = target_of(values.pop("calibration"), config.hold, config.level)
+    gaps = {name: [target.largest_value - value for value in own] for name, own in values.items()}
+    rng = np.random.default_rng(config.seed)
+    judged = [_judge(name, names[name], gaps[name], returns, target, config, rng) for name in gaps]
+    judged.sort(key=lambda one: one.sparsity)
+    return Stability(
+        reference=str(reference.folder),
+        target=target,
+        judged=tuple(judged),
+        boundary=boundary(judged),
+        gaps=gaps,
+    )
+
+
+def _agents(config: StabilityConfig) -> tuple[dict[str, SavedAgent], SavedAgent]:
+    """The agents to judge, by name, and their dense reference."""
+    given = [config.checkpoint] if isinstance(config.checkpoint, str) else config.checkpoint
+    agents: dict[str, SavedAgent] = {}
+    for path in given:
+        for name, agent in load_agents(path).items():
+            agents[name if len(given) == 1 else f"{path}: {name}"] = agent
+    first = next(iter(agents.values()))
+    for name, agent in agents.items():
+        if (agent.task, agent.action_repeat) != (first.task, first.action_repeat):
+            raise UserError(f"'{name}' is for task={agent.task}, the others for {first.task}")
+    reference = load_parent(list(agents.values())[-1], config.reference)
+    if reference is None:
+        reference = next((agent for agent in agents.values() if agent.is_dense), None)
+    if reference is None:
+        raise UserError(
+            f"reference=… is needed: '{config.checkpoint}' does not name its dense agent"
+        )
+    others = {name: agent for name, agent in agents.items() if agent.folder != reference.folder}
+    return {name: agent for name, agent in others.items() if not agent.is_dense}, reference
+
+
+def _job(
+    config: StabilityConfig, name: str, agent: SavedAgent, first: int, count: int
+) -> Callable[[], tuple[list[np.ndarray], list[float]]]:
+    """Some episodes of one agent, to be played."""
+    if name == "calibration":
+        return partial(_play, agent, count, config.seed + _CALIBRATION_SEED + first, None)
+    return partial(_play, agent, count, config.seed + first, to_plain(config.disturb))
+
+
+def _play(
+    agent: SavedAgent, episodes: int, seed: int, disturbances: dict[str, Any] | None
+) -> tuple[list[np.ndarray], list[float]]:
+    """Observations `[T + 1, O]` and return of each episode."""
+    observed: list[list[np.ndarray]] = [[] for _ in range(episodes)]
+    evaluation = evaluate(
+        agent.model,
+        agent.config,
+        agent.task,
+        agent.action_repeat,
+        episodes,
+        seed,
+        watch=lambda i, observation: observed[i].append(observation),
+        disturbances=disturbances,
+    )
+    return [np.stack(episode) for episode in observed], evaluation.returns
+
+
+@torch.no_grad()
+def state_values(model: WorldModel, observations: np.ndarray) -> np.ndarray:
+    """Observations `[T, O]` → min Q of the policy's action, `[T]`, float64."""
+    latent = model.encode(torch.from_numpy(observations))
+    return model.min_q(latent, model.act(latent)).double().numpy()
+
+
+# --- The statistics --------------------------------------------------------------------------
+
+
+def target_of(values: list[np.ndarray], hold: float, quantile: float) -> Target:
+    """The target set, from the reference's own episodes.
+
+    Args:
+        values: of the reference along each of its episodes, `[T + 1]`.
+        hold: fraction of an episode, at its end.
+        quantile: fraction of the episodes whose end lies within the level.
+    """
+    largest = max(float(value.max()) for value in values)
+    decisions = max(len(value) for value in values) - 1
+    held = max(1, round(hold * decisions))
+    ends = [largest - float(value[-held:].min()) for value in values]
+    return Target(largest, float(np.quantile(ends, quantile)), held, decisions)
+
+
+def violations(gap: np.ndarray, level: float) -> np.ndarray:
+    """For each transition that starts outside the target set: whether W failed to decrease."""
+    outside = gap[:-1] > level
+    return (gap[1:] >= gap[:-1])[outside]
+
+
+def stays(gap: np.ndarray, target: Target) -> bool:
+    """Whether an episode enters the target set and is in it to the end."""
+    whole = len(gap) - 1 >= target.decisions
+    return whole and bool((gap[-target.hold :] <= target.level).all())
+
+
+def boundary(judged: list[Judged]) -> Judged | None:
+    """The sparsest agent that is safe, as are all that are less sparse."""
+    last = None
+    for one in judged:
+        if not one.safe:
+            break
+        last = one
+    return last
+
+
+def _judge(
+    name: str,
+    agent: SavedAgent,
+    gaps: list[np.ndarray],
+    returns: dict[str, list[float]],
+    target: Target,
+    config: StabilityConfig,
+    rng: np.random.Generator,
+) -> Judged:
+    failed = [violations(gap, target.level) for gap in gaps]
+    one_each = [bool(rng.choice(outcomes)) for outcomes in failed if len(outcomes)]
+    stayed = Rate.of([stays(gap, target) for gap in gaps])
+    dense, mean = float(np.mean(returns["dense"])), float(np.mean(returns[name]))
+    drop = (dense - mean) / abs(dense) if dense else float(mean < dense)
+    size = agent_size(agent.model, agent.config)
+    return Judged(
+        name=name,
+        folder=str(agent.folder),
+        sparsity=size["sparsity"],
+        parameters=size["parameters"],
+        violations=int(sum(outcomes.sum() for outcomes in failed)),
+        outside=sum(len(outcomes) for outcomes in failed),
+        sampled=Rate.of(one_each),
+        stayed=stayed,
+        mean_return=mean,
+        return_drop=drop,
+        safe=stayed.low >= config.probability and drop <= config.max_return_drop,
+    )
+
+
+# --- Showing it ------------------------------------------------------------------------------
+
+
+def certificate(found: Stability, config: StabilityConfig) -> dict[str, Any]:
+    """All that is claimed, and what it rests on; JSON types."""
+    return {
+        "format": "tdmpc_prune stability certificate",
+        "assumptions": ASSUMPTIONS,
+        "reference": found.reference,
+        "target": asdict(found.target),
+        "episodes": {"calibration": config.episodes, "each agent": config.episodes},
+        "seeds": {"calibration": config.seed + _CALIBRATION_SEED, "each agent": config.seed},
+        "settings": to_plain(config),
+        "agents": [asdict(one) for one in found.judged],
+        "boundary": asdict(found.boundary) if found.boundary else None,
+        "versions": versions(),
+    }
+
+
+def text(found: Stability, config: StabilityConfig) -> str:
+    """The table and the verdict, as Markdown."""
+    rows = [
+        (
+            one.name,
+            f"{one.sparsity:.3f}",
+            f"{one.parameters:,}",
+            f"{one.violations / one.outside:.3f}" if one.outside else "-",
+            str(one.sampled),
+            str(one.stayed),
+            f"{one.mean_return:.1f}",
+            f"{one.return_drop:.1%}",
+            "yes" if one.safe else "no",
+        )
+        for one in found.judged
+    ]
+    names = ["agent", "sparsity", "parameters", "W does not decrease", "one per episode [95 %]"]
+    names += ["reaches and stays [95 %]", "return", "drop", "safe"]
+    table = tabulate(rows, names, "pipe", disable_numparse=True)
+    disturbed = {name: value for name, value in to_plain(config.disturb).items() if value}
+    conditions = f"disturbed by {disturbed}" if disturbed else "undisturbed"
+    return (
+        f"{config.episodes} episodes of each agent, {conditions}; target set: W <= "
+        f"{found.target.level:.3g} (V_max {found.target.largest_value:.4g}), to be kept for the "
+        f"last {found.target.hold} of {found.target.decisions} decisions\n\n{table}\n\n"
+        f"{verdict(found, config)}"
+    )
+
+
+def verdict(found: Stability, config: StabilityConfig) -> str:
+    """The boundary in a sentence."""
+    wanted = (
+        f"reaching and staying with probability {config.probability:g} (lower 95 % bound) and a "
+        f"return drop of at most {config.max_return_drop:g}"
+    )
+    if found.boundary is None:
+        return f"no safe compression: the dense agent itself does not show {wanted}"
+    if found.boundary.sparsity == 0:
+        return f"safe-compression boundary: none of the cuts is safe ({wanted})"
+    return (
+        f"safe-compression boundary: sparsity {found.boundary.sparsity:.3f} "
+        f"('{found.boundary.name}'), for {wanted}; a statistical certificate, no proof"
+    )
+
+
+def trajectories_picture(found: Stability) -> bytes:
+    """W along the episodes of the dense agent, the one at the boundary, and the sparsest; PNG."""
+    chosen = {found.judged[0].name: found.judged[0]}
+    for one in (found.boundary, found.judged[-1]):
+        if one:
+            chosen[one.name] = one
+    figure = Figure(figsize=(1 + 4 * len(chosen), 4), layout="constrained")
+    axes = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
+    for axis, one in zip(axes, chosen.values(), strict=True):
+        gaps = found.gaps[one.name]
+        for gap in gaps:
+            axis.plot(gap, color="C0", alpha=0.1, linewidth=0.8)
+        shortest = min(len(gap) for gap in gaps)
+        median = np.median([gap[:shortest] for gap in gaps], axis=0)
+        axis.plot(median, color="C3", linewidth=2, label="median")
+        axis.axhline(found.target.level, color="black", linestyle="--", label="target set")
+        axis.set_title(f"{one.name}, sparsity {one.sparsity:.3f}", fontsize=10)
+        axis.set_xlabel("decisions")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("value gap W of the dense reference")
+    axes[0].legend(fontsize=8)
+    return _png(figure)
+
+
+def boundary_picture(found: Stability, config: StabilityConfig) -> bytes:
+    """Share of episodes that stay, and return, against sparsity, with the boundary; PNG."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    x = [one.sparsity for one in found.judged]
+    share = np.array([one.stayed.successes / one.stayed.trials for one in found.judged])
+    low = share - [one.stayed.low for one in found.judged]
+    high = [one.stayed.high for one in found.judged] - share
+    top.errorbar(x, share, [low, high], fmt="o-", capsize=3, label="share, exact 95 % interval")
+    top.axhline(config.probability, color="C3", linestyle="--", label="required of its lower end")
+    top.set_ylabel("reaches the target set and stays")
+    top.set_ylim(-0.03, 1.03)
+    bottom.plot(x, [one.mean_return for one in found.judged], "o-")
+    dense = found.judged[0].mean_return
+    least = dense - config.max_return_drop * abs(dense)
+    bottom.axhline(least, color="C3", linestyle="--", label="least return")
+    bottom.set_ylabel("return")
+    bottom.set_xlabel("sparsity")
+    bottom.set_ylim(bottom=min(0, bottom.get_ylim()[0]))
+    for axis in (top, bottom):
+        _mark_boundary(axis, found)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="lower left")
+    return _png(figure)
+
+
+def _mark_boundary(axis: Axes, found: Stability) -> None:
+    if found.boundary:
+        axis.axvspan(0, found.boundary.sparsity, color="C2", alpha=0.12, label="safe")
+
+
+def _png(figure: Figure) -> bytes:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()
