@@ -22,7 +22,8 @@ from tabulate import tabulate
 from tdmpc_prune.checkpoint import read_run
 from tdmpc_prune.config import TrainConfig, by_dotted_name, from_plain, to_plain
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.pruning_report import read_history
+from tdmpc_prune.files import png
+from tdmpc_prune.run_log import read_history
 
 _NOT_OF_THE_ARM = {
     *("seed", "run_dir", "resume", "device", "threads", "prune.method", "prune.plan", "task"),
@@ -265,9 +266,7 @@ def picture(measured: list[Measured]) -> bytes:
             row[-1].set_xscale("log")
     lines = [figure.axes[0].plot([], [], "o-", color=colour[arm], label=arm)[0] for arm in arms]
     figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    return image.getvalue()
+    return png(figure)
 
 
 def _curves(measured: list[Measured]) -> dict[tuple[str, str], dict[int, list[float]]]:

@@ -369,6 +369,14 @@ class StabilityConfig:
 
 
 @dataclass(frozen=True)
+class ImportanceConfig:
+    """A look at how importance moved during a pruning run."""
+
+    run: str = setting(MISSING, "the folder of a pruning run, of an agent or an autoencoder")
+    out: str = setting("importance", "of the files <out>.png and <out>.md")
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """An export of a saved agent."""
 
@@ -430,6 +438,7 @@ COMMANDS = {
     "compare_coefficients": CompareCoefficientsConfig,
     "sensitivity": SensitivityConfig,
     "stability": StabilityConfig,
+    "importance": ImportanceConfig,
     "export": ExportConfig,
     "benchmark": BenchmarkConfig,
 }

@@ -1,10 +1,13 @@
-"""Files that a command was told to write: whole, or not at all."""
+"""Files that a command was told to write: whole, or not at all; and pictures as files."""
 
 from __future__ import annotations
 
+import io
 import os
 from contextlib import suppress
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from tdmpc_prune.errors import RunError
 
@@ -29,3 +32,10 @@ def write_file(path: str | Path, content: str | bytes, setting: str) -> None:
         with suppress(OSError):
             part.unlink(missing_ok=True)
         raise RunError(f"{setting}={path} cannot be written: {error.strerror}") from error
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()

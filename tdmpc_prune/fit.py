@@ -26,6 +26,7 @@ from tdmpc_prune.checkpoint import SavedAgent, load_agent, load_agents, load_par
 from tdmpc_prune.config import FitConfig, PruneCheckpointConfig
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.evaluation import Evaluation, agent_size, decision_milliseconds
+from tdmpc_prune.files import png
 from tdmpc_prune.prune_checkpoint import training_config
 from tdmpc_prune.runs import default_run_dir
 
@@ -160,9 +161,7 @@ class Fit:
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=120)
-        return image.getvalue()
+        return png(figure)
 
 
 def search(config: FitConfig, found: dict[str, SavedAgent], reference: float) -> Fit:

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from tdmpc_prune import importance_history
 from tdmpc_prune.checkpoint import read_run
+from tdmpc_prune.files import png, write_file
 from tdmpc_prune.pruning.course import Course
-
-
-def read_history(run_dir: Path, *kinds: str) -> list[dict[str, Any]]:
-    """The lines of some kinds in a run's history, in order."""
-    path = run_dir / "history.jsonl"
-    text = path.read_text() if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]  # a line that is being written, or never was finished
-    return [entry for entry in map(json.loads, whole.splitlines()) if entry["kind"] in kinds]
+from tdmpc_prune.run_log import read_history
 
 
 def save(run_dir: Path, course: Course) -> list[Path]:
     """Draw `course.png` and `importance.png` into the run's folder."""
-    paths = [run_dir / "course.png", run_dir / "importance.png"]
-    for path, draw in zip(paths, (draw_course, draw_importance), strict=True):
-        draw(run_dir, course.unit, course.score).savefig(path, dpi=120)
-    return paths
+    figures = {"course": draw_course(run_dir, course.unit, course.score)}
+    if read_history(run_dir, "importance"):
+        figures["importance"] = importance_history.draw(importance_history.read(run_dir))
+    for name, figure in figures.items():
+        write_file(run_dir / f"{name}.png", png(figure), "run_dir")
+    return [run_dir / f"{name}.png" for name in figures]
 
 
 def sentence(record: dict[str, Any], course: Course) -> str:
@@ -114,33 +109,4 @@ def draw_course(run_dir: Path, unit: str, score: str) -> Figure:
         )
     if tracked:
         top.legend(fontsize=8, loc="lower right")
-    return figure
-
-
-def draw_importance(run_dir: Path, unit: str, score: str) -> Figure:
-    """Heat maps, one per metric: mean importance per parameter of each group against time."""
-    records = read_history(run_dir, "importance")
-    metrics = list(records[0]["groups"]) if records else []
-    height = 0.6 + 2.4 * max(1, len(metrics))
-    figure = Figure(figsize=(9, height))
-    figure.subplots_adjust(0.2, 0.5 / height, 1.0, 1 - 0.3 / height, hspace=0.25)
-    axes = np.atleast_1d(figure.subplots(max(1, len(metrics)), 1, sharex=True))
-    times = [record[unit] for record in records]
-    for axis, metric in zip(axes, metrics, strict=False):
-        groups = list(records[0]["groups"][metric])
-        values = np.array(
-            [[r["groups"][metric].get(group, np.nan) for r in records] for group in groups]
-        )
-        positive = np.ma.masked_where(~(values > 0), values)
-        norm = None
-        if positive.count() and positive.min() < positive.max():
-            norm = LogNorm(positive.min(), positive.max())
-        image = axis.pcolormesh(
-            times, np.arange(len(groups)), positive, norm=norm, shading="nearest"
-        )
-        axis.set_yticks(np.arange(len(groups)), groups, fontsize=7)
-        axis.set_title(f"{metric}: importance per parameter", fontsize=9)
-        axis.invert_yaxis()
-        figure.colorbar(image, ax=axis)
-    axes[-1].set_xlabel(_words(unit))
     return figure

@@ -144,3 +144,11 @@ def _shown(settings: dict[str, Any]) -> dict[str, Any]:
         name: value if isinstance(value, simple) else json.dumps(value)
         for name, value in by_dotted_name(settings).items()
     }
+
+
+def read_history(run_dir: Path, *kinds: str) -> list[dict[str, Any]]:
+    """The lines of some kinds in a run's history, in order."""
+    path = run_dir / "history.jsonl"
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]  # a line that is being written, or never was finished
+    return [entry for entry in map(json.loads, whole.splitlines()) if entry["kind"] in kinds]

@@ -8,7 +8,6 @@ IMPORTANCE: Spearman over groups and units; pieces, sums and intervals are ours)
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -20,6 +19,7 @@ from tabulate import tabulate
 
 from tdmpc_prune.config import SensitivityConfig
 from tdmpc_prune.errors import UserError
+from tdmpc_prune.files import png
 from tdmpc_prune.parallel import measure_all
 from tdmpc_prune.pruning.groups import Structure
 from tdmpc_prune.pruning.plan import Plan, plan_of
@@ -292,6 +292,4 @@ def picture(found: Sensitivity, config: SensitivityConfig) -> bytes:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"{found.score} without recovery")
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    return image.getvalue()
+    return png(figure)

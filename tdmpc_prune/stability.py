@@ -8,7 +8,6 @@ out holds with confidence for states drawn as they were drawn here; it is no pro
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from tdmpc_prune.checkpoint import SavedAgent, load_agents, load_parent
 from tdmpc_prune.config import StabilityConfig, to_plain
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.evaluation import agent_size, evaluate
+from tdmpc_prune.files import png
 from tdmpc_prune.parallel import measure_all
 from tdmpc_prune.runtime import set_threads, versions
 
@@ -356,7 +356,7 @@ def trajectories_picture(found: Stability) -> bytes:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("value gap W of the dense reference")
     axes[0].legend(fontsize=8)
-    return _png(figure)
+    return png(figure)
 
 
 def boundary_picture(found: Stability, config: StabilityConfig) -> bytes:
@@ -382,15 +382,9 @@ def boundary_picture(found: Stability, config: StabilityConfig) -> bytes:
         _mark_boundary(axis, found)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="lower left")
-    return _png(figure)
+    return png(figure)
 
 
 def _mark_boundary(axis: Axes, found: Stability) -> None:
     if found.boundary:
         axis.axvspan(0, found.boundary.sparsity, color="C2", alpha=0.12, label="safe")
-
-
-def _png(figure: Figure) -> bytes:
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    return image.getvalue()

@@ -23,7 +23,7 @@ from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
 from tdmpc_prune.pruning.plan import make_plan
 from tdmpc_prune.pruning.surgery import commit, kept_units
-from tdmpc_prune.pruning_report import read_history
+from tdmpc_prune.run_log import read_history
 from tests.test_command_line import run
 
 PRUNE = PruneConfig(

@@ -22,7 +22,7 @@ from tdmpc_prune.pruning.groups import find_groups
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.surgery import commit
 from tdmpc_prune.pruning.tracing import Computation
-from tdmpc_prune.pruning_report import read_history
+from tdmpc_prune.run_log import read_history
 from tests.pruning_zoo import Agent, computation, losses, make_data
 from tests.small import small_config
 from tests.test_autoencoder import small as autoencoder_config

@@ -25,7 +25,7 @@ from tdmpc_prune.evaluation import Evaluation
 from tdmpc_prune.pruning.config import METRICS
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.surgery import SurgeryError
-from tdmpc_prune.pruning_report import read_history
+from tdmpc_prune.run_log import read_history
 from tdmpc_prune.signals import Stopped
 from tests.small import PRUNE, pruning_config, small_config
 from tests.test_command_line import REACH, SMALL, run
