@@ -20,15 +20,21 @@ def main() -> None:
         if not measured:
             raise UserError("; ".join(left_out))
         table = "\n".join([compare.table(measured), *(["", *left_out] if left_out else [])])
+        ways = compare.paths(measured)
+        if ways:
+            table += f"\n\nThe path of pruning:\n\n{compare.path_table(ways)}"
         print(table)
         curves = compare.curve_table(measured)
         write_file(f"{arguments.out}.md", f"{table}\n\n{curves}\n", "--out")
         write_file(f"{arguments.out}.csv", compare.write_csv(measured), "--out")
         write_file(f"{arguments.out}.png", compare.picture(measured), "--out")
+        if ways:
+            write_file(f"{arguments.out}-path.png", compare.path_picture(measured), "--out")
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, RunError) else 2) from error
-    print(f"\nwritten to {arguments.out}.png, .md and .csv")
+    path = f", {arguments.out}-path.png" if ways else ""
+    print(f"\nwritten to {arguments.out}.png{path}, .md and .csv")
 
 
 if __name__ == "__main__":

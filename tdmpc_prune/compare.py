@@ -29,6 +29,8 @@ _NOT_OF_THE_ARM = {
     *("seed", "run_dir", "resume", "device", "threads", "prune.method", "prune.plan", "task"),
     "start_from",
 }
+_EQUAL_SPARSITY = 0.01  # arms that end further apart are not at equal sparsity
+_EQUAL_ENV_STEPS = 0.02  # a fraction, for the last episode
 _PASSING = ("after", "recovering", "not recovered")  # moments in which a cut is not settled
 
 
@@ -220,6 +222,149 @@ def curve_table(measured: list[Measured]) -> str:
     ]
     names = ["task", "arm", "env steps", "runs", "return", "each run"]
     return tabulate(rows, names, "pipe", disable_numparse=True)
+
+
+# --- The path of pruning ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Course:
+    """The way of one run from its first cut to its end."""
+
+    task: str
+    arm: str
+    run: str
+    cuts: int
+    undone: int  # of them
+    before: float  # return before the first cut
+    lowest: float  # the lowest return right after a cut
+    last_cut: int  # env steps
+    end: Measured  # the last settled measurement
+
+
+def paths(measured: list[Measured]) -> list[Course]:
+    """Of every run that was cut, in order of arm and seed."""
+    runs: dict[tuple[str, str, int, str], list[Measured]] = defaultdict(list)
+    for m in measured:
+        runs[m.task, m.arm, m.seed, m.run].append(m)
+    found = []
+    for (task, arm, _, run), own in sorted(runs.items()):
+        cut = [m for m in own if m.moment == "after"]
+        before = [m.mean for m in own if m.moment == "before"]
+        if cut and before:
+            end = [m for m in own if m.moment not in _PASSING][-1]
+            lowest = min(m.mean for m in cut)
+            last = cut[-1].env_steps
+            undone = sum(m.moment == "not recovered" for m in own)
+            found.append(Course(task, arm, run, len(cut), undone, before[0], lowest, last, end))
+    return found
+
+
+def path_table(found: list[Course]) -> str:
+    """What the way there cost and where it led, as Markdown; and which arms are no equals."""
+    arms: dict[tuple[str, str], list[Course]] = defaultdict(list)
+    for path in found:
+        arms[path.task, path.arm].append(path)
+    rows = []
+    for (task, arm), own in arms.items():
+        undone = [path.undone for path in own]
+        trained = [path.end.env_steps - path.last_cut for path in own]
+        sparsities = [path.end.sparsity for path in own]
+        rows.append(
+            (
+                task,
+                arm,
+                len(own),
+                f"{np.mean([path.cuts for path in own]):g}"
+                + (f" ({np.mean(undone):g} undone)" if any(undone) else ""),
+                _shown(None if None in sparsities else float(np.mean(sparsities)), ".3f"),
+                f"{np.mean([path.end.env_steps for path in own]):,.0f}",
+                f"{np.mean(trained):,.0f}",
+                *(
+                    f"{np.mean(each):.0f} ({', '.join(f'{value:.0f}' for value in each)})"
+                    for each in (
+                        [path.before for path in own],
+                        [path.lowest for path in own],
+                        [path.end.mean for path in own],
+                    )
+                ),
+            )
+        )
+    names = ["task", "arm", "runs", "cuts", "sparsity at the end", "env steps"]
+    names += [
+        "of them after the last cut",
+        "return before",
+        "lowest right after a cut",
+        "at the end",
+    ]
+    return "\n".join([tabulate(rows, names, "pipe", disable_numparse=True), *_unequal(found)])
+
+
+def _unequal(found: list[Course]) -> Iterable[str]:
+    """A line for each task whose arms do not end at the same sparsity and env steps."""
+    for task in dict.fromkeys(path.task for path in found):
+        own = [path for path in found if path.task == task]
+        sparsities = [path.end.sparsity or 0.0 for path in own]
+        env_steps = [path.end.env_steps for path in own]
+        if max(sparsities) - min(sparsities) > _EQUAL_SPARSITY:
+            yield (
+                f"\n{task}: not at equal sparsity ({min(sparsities):.3f} to "
+                f"{max(sparsities):.3f}); returns at the end are of networks of different size"
+            )
+        if max(env_steps) - min(env_steps) > _EQUAL_ENV_STEPS * max(env_steps):
+            yield f"\n{task}: not at equal env steps ({min(env_steps):,} to {max(env_steps):,})"
+
+
+def path_picture(measured: list[Measured]) -> bytes:
+    """Return, every moment around the cuts included, and sparsity against env steps; PNG.
+
+    Means over the runs of an arm, of the moments that all of them have.
+    """
+    cut = {path.run for path in paths(measured)}
+    measured = [m for m in measured if m.run in cut]
+    tasks = sorted({m.task for m in measured})
+    arms = sorted({m.arm for m in measured})
+    figure = Figure(figsize=(10, 0.8 + 5 * len(tasks)), layout="constrained")
+    rows = figure.subplots(2 * len(tasks), 1, squeeze=False, height_ratios=(3, 1.5) * len(tasks))
+    for i, task in enumerate(tasks):
+        top, bottom = rows[2 * i][0], rows[2 * i + 1][0]
+        for colour, arm in enumerate(arms):
+            moments = _moments([m for m in measured if (m.task, m.arm) == (task, arm)])
+            x = [env_steps for env_steps, *_ in moments]
+            top.plot(x, [mean for _, mean, _, _ in moments], color=f"C{colour}", label=arm)
+            dips = [(at, mean) for at, mean, _, moment in moments if moment == "after"]
+            if dips:
+                top.plot(*zip(*dips, strict=True), "v", color=f"C{colour}", markersize=5)
+            bottom.step(x, [s for _, _, s, _ in moments], where="post", color=f"C{colour}")
+        top.set_ylabel(f"{task}: return")
+        top.set_ylim(bottom=min(0, top.get_ylim()[0]))
+        bottom.set_ylabel("sparsity")
+        bottom.set_xlabel("env steps (simulator steps); triangles: right after a cut")
+        bottom.sharex(top)
+        for axis in (top, bottom):
+            axis.grid(alpha=0.3)
+    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    return png(figure)
+
+
+def _moments(own: list[Measured]) -> list[tuple[float, float, float, str]]:
+    """(env steps, return, sparsity, moment): means over runs, in the order of time."""
+    runs = {m.run for m in own}
+    keyed: dict[tuple, dict[str, Measured]] = defaultdict(dict)
+    for m in own:
+        keyed[m.moment, m.cut, m.due if m.moment == "evaluation" else None][m.run] = m
+    order = ["evaluation", "before", "after", "recovering", "recovered", "not recovered"]
+    found = [
+        (
+            float(np.mean([m.env_steps for m in same.values()])),
+            float(np.mean([m.mean for m in same.values()])),
+            float(np.mean([m.sparsity or 0.0 for m in same.values()])),
+            key[0],
+        )
+        for key, same in keyed.items()
+        if set(same) == runs
+    ]
+    return sorted(found, key=lambda moment: (moment[0], moment[2], order.index(moment[3])))
 
 
 def write_csv(measured: list[Measured]) -> str:

@@ -76,11 +76,19 @@ def test_points_are_the_last_settled_measurement_of_each_network(folders):
 def test_table_csv_and_picture(folders):
     done = run("compare.py", str(folders), "--out", "here", cwd=folders)
     assert done.returncode == 0, done.stderr
-    (row,) = [line for line in done.stdout.splitlines() if "| bayesian" in line and "500" in line]
+    above, _, below = done.stdout.partition("The path of pruning:")
+    (row,) = [line for line in above.splitlines() if "| bayesian" in line and "500" in line]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells == [
         *("cartpole-swingup", "bayesian", "1", "2", "", "300", "0.500", "500", "5,000", "6.0"),
         *("750 (800, 700)", "75%"),
+    ]
+    (row,) = [line for line in below.splitlines() if "| bayesian" in line]
+    assert [cell.strip() for cell in row.split("|")[2:6]] == [
+        "bayesian",
+        "2",
+        "2 (1 undone)",
+        "0.500",
     ]
     assert "left out: " in done.stdout and "starting" in done.stdout
     assert "| dense    | 100         | 1      | 700" in (folders / "here.md").read_text()
@@ -124,6 +132,48 @@ def test_runs_of_one_seed_are_not_mixed_up(tmp_path):
     (point,) = compare.points(compare.read(compare.find_runs([tmp_path]))[0])
     assert sorted(point.each) == [100, 200, 300]
     assert point.arm == "bayesian of a finished agent"
+
+
+def test_the_path_of_pruning_is_shown(tmp_path):
+    """One deep cut against two, at equal end; and a third arm that is no equal."""
+    several = [
+        evaluation(100, [700.0], **DENSE),
+        tracking(150, "before", [800.0], **DENSE),
+        {"kind": "cut", "env_steps": 150, "step": 1},
+        tracking(150, "after", [300.0], **HALF),
+        tracking(200, "recovered", [780.0], **HALF),
+        {"kind": "cut", "env_steps": 200, "step": 2},
+        tracking(200, "after", [200.0], **TENTH),
+        tracking(300, "recovered", [750.0], **TENTH),
+        evaluation(300, [760.0], **TENTH),
+    ]
+    one = [
+        tracking(200, "before", [810.0], **DENSE),
+        {"kind": "cut", "env_steps": 200, "step": 1},
+        tracking(200, "after", [20.0], **TENTH),
+        evaluation(300, [740.0], **TENTH),
+    ]
+    half = [*several[:5], evaluation(300, [790.0], **HALF)]
+    for name, steps, history in (("several", 2, several), ("one", 1, one)):
+        prune = {"method": "bayesian", "steps": steps}
+        write_run(tmp_path / name, "bayesian", 1, history, prune=prune)
+    write_run(tmp_path / "dense", "none", 1, [evaluation(300, [850.0], **DENSE)])
+    done = run("compare.py", ".", "--out", "here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.partition("The path of pruning:")[2].strip().splitlines()[2:4]
+    cells = [[cell.strip() for cell in row.split("|")[2:-1]] for row in rows]
+    end = ["0.900", "300", "100"]
+    assert cells == [
+        ["bayesian prune.steps=1", "1", "1", *end, "810 (810)", "20 (20)", "740 (740)"],
+        ["bayesian prune.steps=2", "1", "2", *end, "800 (800)", "200 (200)", "760 (760)"],
+    ]
+    assert "not at equal" not in done.stdout
+    assert (tmp_path / "here-path.png").stat().st_size > 10_000
+    write_run(tmp_path / "half", "random", 1, half)
+    done = run("compare.py", ".", "--out", "here", cwd=tmp_path)
+    assert "not at equal sparsity (0.500 to 0.900)" in done.stdout
+    without = run("compare.py", "dense", "--out", "there", cwd=tmp_path)
+    assert "The path" not in without.stdout and not (tmp_path / "there-path.png").exists()
 
 
 def test_curves_meet_where_episodes_end_at_different_times(tmp_path):

@@ -1,0 +1,117 @@
+"""Sensitivity: what is removed, and correlations whose answer is known."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tdmpc_prune import autoencoder_training, runs, sensitivity
+from tdmpc_prune.pruning.config import PruneConfig
+from tdmpc_prune.sensitivity import RANDOM, RANKED, Loss, Removal
+from tdmpc_prune.subject import Score
+from tests.small import small_config
+from tests.test_autoencoder import small as autoencoder_config
+from tests.test_command_line import run
+
+
+@given(
+    width=st.integers(2, 40),
+    fractions=st.lists(st.floats(0.01, 0.99), min_size=1, max_size=5, unique=True).map(sorted),
+)
+def test_pieces_remove_every_unit_once_and_fractions_are_nested(width, fractions):
+    wanted = sensitivity.removals(["g"], fractions)
+    ranked = [r for r in wanted if r.order == RANKED]
+    assert [(r.start, r.stop) for r in ranked] == [(0.0, fraction) for fraction in fractions]
+    first = fractions[0]
+    pieces = [r for r in wanted if r.order == RANDOM and (r.start > 0 or r.stop == first)]
+    taken = [i for r in pieces for i in range(round(r.start * width), round(r.stop * width))]
+    assert sorted(taken) == list(range(width))
+
+
+def losses_of(groups: np.ndarray, importance: np.ndarray) -> list[Loss]:
+    """Two pieces per group, `[G, 2]` lost scores and importances."""
+    found = []
+    for g, (lost, known) in enumerate(zip(groups, importance, strict=True)):
+        for piece, (start, stop) in enumerate(((0.0, 0.5), (0.5, 1.0))):
+            removal = Removal(f"g{g}", RANDOM, start, stop)
+            own = {"good": float(known[piece]), "bad": -float(known[piece])}
+            found.append(Loss(removal, 3, Score(0.0, 0.0), float(lost[piece]), own))
+    return found
+
+
+def test_a_metric_that_knows_the_losses_correlates_fully():
+    lost = np.array([[1.0, 2.0], [5.0, 3.0], [9.0, 11.0], [20.0, 12.0]])
+    found = losses_of(lost, lost**3)
+    for metric, rho in (("good", 1.0), ("bad", -1.0)):
+        correlations = sensitivity.correlate(found, metric)
+        assert set(correlations) == set(sensitivity.LEVELS)
+        for correlation in correlations.values():
+            assert correlation.rho == pytest.approx(rho)
+            # A resampling may draw one group alone, whose mean correlates with nothing.
+            assert min(abs(correlation.low), abs(correlation.high)) == pytest.approx(1, abs=0.4)
+
+
+def test_within_their_group_the_groups_do_not_matter():
+    """Importance that knows the groups, and has the order inside each of them upside down."""
+    lost = np.array([[1.0, 2.0], [11.0, 12.0], [101.0, 102.0]])
+    correlations = sensitivity.correlate(losses_of(lost, lost[:, ::-1]), "good")
+    assert correlations["groups"].rho == pytest.approx(1.0)
+    assert correlations["units"].rho > 0.7
+    assert correlations["units within their group"].rho == pytest.approx(-1.0)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny autoencoder and a tiny agent."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = autoencoder_config(folder / "autoencoder", prune=PruneConfig(), updates=150)
+    autoencoder_training.start(config, []).run()
+    runs.start(small_config(folder / "agent"), []).run()
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "agent"])
+def test_as_typed(trained, tmp_path, kind):
+    arguments = [f"checkpoint={trained / kind}", "fractions=[0.5]", "episodes=1", "out=s"]
+    arguments += ["prune.gather_updates=3", f"processes={2 if kind == 'agent' else 1}"]
+    done = run("sensitivity.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.json", "s.md", "s.png"]
+    values = json.loads((tmp_path / "s.json").read_text())
+    assert set(values["correlations"]) >= {"bayesian", "magnitude", "random"}
+    groups = {loss["removal"]["group"] for loss in values["losses"]}
+    assert len(values["losses"]) == 3 * len(groups)  # ranked half, and two random halves
+    assert len(values["coupling"]) == 1 and set(values["coupling"]) < groups
+    before = values["before"]["mean"]
+    for loss in values["losses"]:
+        assert loss["units"] >= 1
+        assert loss["lost"] == pytest.approx(before - loss["score"]["mean"])
+    if kind == "autoencoder":  # which has learnt something that can be lost
+        assert np.mean([loss["lost"] for loss in values["losses"]]) > 0
+    assert "(coupling)" not in done.stdout and "| coupling" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["checkpoint=nowhere"], "'nowhere' does not exist"),
+        (["checkpoint=.", "fractions=[0.5,0.2]"], "fractions=[0.5, 0.2] must ascend"),
+        (["checkpoint=.", "fractions=[]"], "must ascend between 0 and 1"),
+        (["checkpoint=.", "processes=0"], "processes=0 must be at least 1"),
+        (["checkpoint=.", "prune=none"], "prune=none ranks nothing"),
+    ],
+)
+def test_wrong_input_is_one_line(tmp_path, arguments, message):
+    done = run("sensitivity.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0], done.stderr
+
+
+def test_an_unknown_group_is_named(trained, tmp_path):
+    done = run(
+        "sensitivity.py", f"checkpoint={trained / 'autoencoder'}", "groups=[x]", cwd=tmp_path
+    )
+    assert done.returncode == 2 and "groups: there is no 'x'; there are encoder.0" in done.stderr

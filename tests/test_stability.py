@@ -1,0 +1,188 @@
+"""Stability: statistics with known answers, disturbances, and a certificate as typed."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import beta
+
+from envs import TaskError, disturb, make_env
+from tdmpc_prune import runs, stability
+from tdmpc_prune.agent.world_model import Widths, WorldModel
+from tdmpc_prune.stability import Judged, Rate, Target
+from tests.small import pruning_config, small_config
+from tests.test_command_line import run
+
+REACH = "gym:tests.synthetic:Reach-v0"
+
+
+@given(trials=st.integers(1, 300), share=st.floats(0, 1))
+def test_intervals_are_exact(trials, share):
+    """Clopper-Pearson: the ends are quantiles of beta distributions."""
+    successes = round(share * trials)
+    rate = Rate.of([True] * successes + [False] * (trials - successes))
+    low = beta.ppf(0.025, successes, trials - successes + 1) if successes else 0.0
+    high = beta.ppf(0.975, successes + 1, trials - successes) if successes < trials else 1.0
+    assert rate.low == pytest.approx(low, abs=1e-9) and rate.high == pytest.approx(high, abs=1e-9)
+
+
+def test_nothing_tried_says_nothing():
+    assert Rate.of([]) == Rate(0, 0, 0.0, 1.0)
+
+
+def test_violations_count_outside_the_target_set_alone():
+    gap = np.array([5.0, 4.0, 4.0, 6.0, 2.0, 0.5, 0.9, 0.1, 3.0, 1.0])
+    # From 5, 4, 4, 6 and 2 (outside): down, level, up, down, down; then 3 -> 1 down.
+    assert stability.violations(gap, 1.0).tolist() == [False, True, True, False, False, False]
+    assert stability.violations(np.array([0.5, 0.9]), 1.0).tolist() == []
+
+
+def test_to_stay_is_to_be_there_to_the_end():
+    target = Target(largest_value=10.0, level=1.0, hold=3, decisions=6)
+    assert stability.stays(np.array([9, 5, 3, 2, 1.0, 0.5, 0.9]), target)
+    assert not stability.stays(np.array([9, 5, 0.1, 0.1, 0.1, 1.1, 0.1]), target)  # left again
+    assert not stability.stays(np.array([9, 5, 4, 3, 3, 2, 0.5]), target)  # came too late
+    assert not stability.stays(np.array([9, 0.1, 0.1, 0.1]), target)  # the episode ended early
+
+
+def test_the_target_set_is_where_the_references_own_episodes_end():
+    values = [np.array([0.0, 5.0, 9.0, 8.0, 8.5]), np.array([1.0, 6.0, 10.0, 9.5, 9.0])]
+    target = stability.target_of(values, hold=0.5, quantile=1.0)
+    assert target == Target(largest_value=10.0, level=2.0, hold=2, decisions=4)
+    gaps = [target.largest_value - value for value in values]
+    assert all(stability.stays(gap, target) for gap in gaps)
+    assert stability.target_of(values, hold=0.5, quantile=1e-9).level == pytest.approx(1.0)
+
+
+def judged(name, sparsity, safe):
+    rate = Rate.of([safe] * 10)
+    return Judged(name, "", sparsity, 1, 0, 1, rate, rate, 1.0, 0.0, safe)
+
+
+@given(st.lists(st.booleans(), max_size=8))
+def test_the_boundary_is_the_last_before_the_first_unsafe_one(safe):
+    agents = [judged(str(i), i / 10, each) for i, each in enumerate(safe)]
+    found = stability.boundary(agents)
+    expected = safe.index(False) if False in safe else len(safe)
+    assert found is (agents[expected - 1] if expected else None)
+
+
+def test_values_are_those_of_the_policy():
+    model = WorldModel(Widths(3, 1, 8, (4,), (8, 8), (8, 8), (8, 8), ((8, 8), (8, 8))))
+    with torch.no_grad():
+        for member, bias in zip(model.q_ensemble, (2.0, 1.5), strict=True):
+            member[-1].bias.fill_(bias)  # its weights are zero in a new network
+    values = stability.state_values(model, np.zeros((5, 3), np.float32))
+    assert values.dtype == np.float64 and values == pytest.approx([1.5] * 5)
+
+
+# --- Disturbances ----------------------------------------------------------------------------
+
+
+def steps(env, actions, seed=3):
+    observation, info = env.reset(seed=seed)
+    found = [(observation, info["observation"])]
+    for action in actions:
+        observation, *_, info = env.step(np.array([action], np.float32))
+        found.append((observation, info["observation"]))
+    return found
+
+
+def test_a_delayed_action_comes_one_decision_late():
+    env = disturb(make_env(REACH), action_delay=1)
+    x = [float(seen[0]) for seen, _ in steps(env, [1.0, -1.0, 1.0])]
+    assert np.diff(x) == pytest.approx([0.0, 0.25, -0.25])
+
+
+def test_noise_follows_the_seed_and_the_true_observation_is_told():
+    env = disturb(make_env(REACH), observation_noise=0.1, action_noise=0.2)
+    actions = [0.3] * 15
+    one, again, other = (steps(env, actions, seed) for seed in (3, 3, 4))
+    assert [float(seen[0]) for seen, _ in one] == [float(seen[0]) for seen, _ in again]
+    noise = [float(seen[0] - true[0]) for run in (one, other) for seen, true in run]
+    assert 0.05 < np.std(noise) < 0.2
+    moved = np.diff([float(true[0]) for _, true in one])
+    assert moved.mean() == pytest.approx(0.075, abs=0.05) and moved.std() > 0.01
+    quiet = steps(disturb(make_env(REACH)), actions)
+    assert all(np.array_equal(seen, true) for seen, true in quiet)
+
+
+def test_a_heavier_pole_moves_otherwise_and_only_there():
+    plain, same, heavy = (
+        disturb(make_env("cartpole-swingup"), mass=mass) for mass in ({}, {}, {"pole_1": 2.0})
+    )
+    ways = [np.stack([true for _, true in steps(env, [1.0] * 20)]) for env in (plain, same, heavy)]
+    assert np.array_equal(ways[0], ways[1]) and np.array_equal(ways[0][0], ways[2][0])
+    assert np.abs(ways[0] - ways[2]).max() > 0.01
+    models = [env.unwrapped.model for env in (plain, heavy)]
+    masses = [model.body("pole_1").mass[0] for model in models]
+    assert masses[1] == pytest.approx(2 * masses[0])
+    with pytest.raises(TaskError, match=r"there is no body 'wheel'; there are .*pole_1"):
+        disturb(make_env("cartpole-swingup"), mass={"wheel": 2.0})
+    with pytest.raises(TaskError, match="only be changed of a task that runs on MuJoCo"):
+        disturb(make_env(REACH), mass={"pole_1": 2.0})
+
+
+# --- As typed --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stability") / "pruned"
+    runs.start(pruning_config(folder), []).run()
+    return folder
+
+
+def test_a_whole_pruning_run_is_certified(pruned, tmp_path):
+    arguments = [f"checkpoint={pruned}", "episodes=12", "max_return_drop=0.99", "out=c"]
+    done = run("stability.py", *arguments, "probability=0.01", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = ["c-boundary.png", "c-gap.png", "c.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert len(found["assumptions"]) >= 5 and "no proof" in " ".join(found["assumptions"])
+    assert found["seeds"]["calibration"] != found["seeds"]["each agent"]
+    agents = found["agents"]
+    assert agents[0]["name"] == "dense" and agents[0]["sparsity"] == 0
+    assert [agent["name"] for agent in agents[1:4]] == ["step-1", "step-2", "step-3"]
+    assert all(agent["stayed"]["trials"] == 12 for agent in agents)
+    assert found["target"]["decisions"] == 20 and found["target"]["hold"] == 5
+    again = run("stability.py", *arguments, "probability=0.01", "processes=1", cwd=tmp_path)
+    assert again.stdout == done.stdout  # the number of processes changes nothing
+
+
+def test_one_agent_with_a_reference_of_its_own_and_disturbances(pruned, tmp_path):
+    other = tmp_path / "other"
+    runs.start(replace(small_config(other), seed=2), []).run()
+    arguments = [f"checkpoint=[{pruned}/agents/step-3]", f"reference={other}", "episodes=3"]
+    done = run("stability.py", *arguments, "disturb.observation_noise=0.3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "disturbed by {'observation_noise': 0.3}" in done.stdout
+    found = json.loads((tmp_path / "stability.json").read_text())
+    assert found["reference"].startswith(str(other))
+    assert found["settings"]["disturb"]["observation_noise"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["checkpoint=nowhere"], "'nowhere' does not exist"),
+        (["checkpoint=3"], "checkpoint=3 must be a folder, or a list"),
+        (["checkpoint=.", "level=2"], "level=2.0 must lie in (0, 1)"),
+        (["checkpoint=.", "disturb.action_delay=-1"], "disturb.action_delay=-1 cannot be negative"),
+        (["checkpoint=PRUNED", "disturb.mass={pole_1: 2.0}"], "only be changed of a task that"),
+        (["checkpoint=PRUNED", "disturb.mass={pole_1: -1}"], "pole_1=-1.0 must be positive"),
+        (["checkpoint=PRUNED", "reference=nowhere"], "'nowhere' does not exist"),
+    ],
+)
+def test_wrong_input_is_one_line(pruned, tmp_path, arguments, message):
+    arguments = [argument.replace("PRUNED", str(pruned)) for argument in arguments]
+    done = run("stability.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.strip().splitlines() if "playing" not in line]
+    assert len(lines) == 1 and message in lines[0], done.stderr
+    assert not list(tmp_path.iterdir())
