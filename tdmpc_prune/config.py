@@ -227,7 +227,7 @@ class CoefficientsConfig:
     tolerance: float = setting(0.01, "by which the sparsity may be exceeded")
     largest: float = setting(0.8, "coefficient that a group may have (c_max)")
     budget: int = setting(100, "grid: most evaluations of the score")
-    steps: int = setting(100, "gradient: steps of the descent, each on the loss of one batch")
+    steps: int = setting(400, "gradient: steps of the descent, each on the loss of one batch")
     fine_tuning: int = setting(500, "after the cut: updates, or an agent's env steps")
     episodes: int = setting(5, "of an agent: per measurement of its return")
     prune: PruneConfig = setting(
@@ -266,7 +266,7 @@ class CompareCoefficientsConfig:
     tolerance: float = setting(0.01, "by which a sparsity may be exceeded")
     largest: float = setting(0.8, "coefficient that a group may have (c_max)")
     budget: int = setting(100, "grid: most evaluations of the score")
-    steps: int = setting(100, "gradient: steps of the descent, each on the loss of one batch")
+    steps: int = setting(400, "gradient: steps of the descent, each on the loss of one batch")
     fine_tuning: int = setting(500, "after the cut: updates, or an agent's env steps")
     episodes: int = setting(5, "of an agent: per measurement of its return")
     prune: PruneConfig = setting(

@@ -15,11 +15,11 @@ from typing import Protocol
 
 import numpy as np
 from scipy.stats import t as student_t
-from torch import Tensor, nn, no_grad, zeros_like
+from torch import Tensor, nn, no_grad, randn, zeros_like
 from torch.nn import functional as F
 
 from tdmpc_prune import prune_checkpoint, pruning_steps
-from tdmpc_prune.agent.learner import model_loss
+from tdmpc_prune.agent.planner import follow_policy, sequence_values
 from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.autoencoder.learner import AutoencoderLearner
 from tdmpc_prune.autoencoder.model import Autoencoder, psnr
@@ -39,6 +39,10 @@ from tdmpc_prune.pruning.importance import Tracker
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.surgery import commit
 from tdmpc_prune.training import EVALUATION_SEED, Trainer
+
+_LEAST_LOSS = 1e-3  # of an agent; the whole network's own would be 0, which has no logarithm
+_SEQUENCES = 8  # action sequences that are compared at an observation
+_SEQUENCE_NOISE = 0.5  # standard deviation, on the policy's actions
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,7 @@ class _Agent:
             "target": self._learner.target,
         }
         self.structure = self._trainer.course.structure
+        self._whole = copy.deepcopy(self._learner.model)  # while `networks` are masked
 
     @cached_property
     def before(self) -> Score:
@@ -174,17 +179,30 @@ class _Agent:
         return self._trainer.course.all_densities(1.0)
 
     def loss(self, networks: dict[str, nn.Module]) -> Tensor:
-        """What the planner uses: predicted rewards and values over the horizon, and the policy's
-        actions beside those of the network as it is."""
-        trainer, learning, model = self._trainer, self._agent.learning, networks["model"]
-        batch, _ = trainer.replay.sample(learning.batch, trainer.rng, "cpu")
-        noise = zeros_like(batch.actions)
-        terms = model_loss(model, networks["target"], batch, noise, learning)
+        """How differently action sequences are scored, and how differently the policy acts.
+
+        The sequences are those of the whole network's policy with noise, from recorded
+        observations. Scores are centred at each observation, since the planner only compares
+        there: 1 - their correlation with the whole network's. The policy's mean square error is in
+        units of the variance of its actions.
+        """
+        trainer, discount = self._trainer, self._agent.learning.discount
+        batch, _ = trainer.replay.sample(self._agent.learning.batch, trainer.rng, "cpu")
+        observations = batch.observation.unsqueeze(1)  # [B, 1, O]
+        action_width = batch.actions.shape[-1]
+        shape = (self._agent.planner.horizon, len(observations), _SEQUENCES, action_width)
+        noise = _SEQUENCE_NOISE * randn(shape, generator=trainer.generator)
         with no_grad():
-            whole = self._learner.model
-            wanted = whole.act(whole.encode(batch.observation))
-        acted = F.mse_loss(model.act(model.encode(batch.observation)), wanted)
-        return learning.reward_weight * terms.reward + learning.value_weight * terms.value + acted
+            latents = self._whole.encode(observations)
+            actions, visited = follow_policy(self._whole, latents, noise)
+            wanted = sequence_values(self._whole, visited, actions, zeros_like(noise[0]), discount)
+            acts = self._whole.act(latents)
+        model = networks["model"]
+        latents = model.encode(observations)
+        visited = model.rollout(latents.expand(-1, _SEQUENCES, -1), actions)
+        found = sequence_values(model, visited, actions, zeros_like(noise[0]), discount)
+        acted = F.mse_loss(model.act(latents), acts) / acts.var()
+        return 1 - _correlation(found, wanted) + acted + _LEAST_LOSS
 
     def measurement(self, plan: Plan) -> Callable[[], Score]:
         model, target = copy.deepcopy((self._learner.model, self._learner.target))
@@ -205,6 +223,13 @@ class _Agent:
                 self._config, prune=prune, env_steps=length, run_dir=str(Path(folder) / "run")
             )
             return Score.of(prune_checkpoint.start(run, []).run().returns)
+
+
+def _correlation(one: Tensor, other: Tensor) -> Tensor:
+    """Of `[B, N]` and `[B, N]`, each centred over N."""
+    one, other = one - one.mean(1, keepdim=True), other - other.mean(1, keepdim=True)
+    product = (one.square().sum() * other.square().sum()).sqrt()
+    return (one * other).sum() / product.clamp(min=1e-12)
 
 
 def _return(model: WorldModel, config: TrainConfig) -> Score:

@@ -104,8 +104,8 @@ def plan(
         return (config.policy_noise * standard_normal).clamp(-clip, clip)
 
     # Policy trajectories: the same in every iteration, so their values are, too.
-    policy_actions, policy_latents = _follow_policy(model, latents, policy_noise(noise.policy))
-    policy_values = _values(
+    policy_actions, policy_latents = follow_policy(model, latents, policy_noise(noise.policy))
+    policy_values = sequence_values(
         model, policy_latents, policy_actions, policy_noise(noise.policy_ends), discount
     )
 
@@ -117,7 +117,7 @@ def plan(
     for normal, ends in zip(noise.samples, policy_noise(noise.sample_ends), strict=True):
         # Sample action sequences and value them, together with the policy's.
         samples = (mean.unsqueeze(2) + std.unsqueeze(2) * normal).clamp(-1, 1)
-        values = _values(model, model.rollout(start, samples), samples, ends, discount)
+        values = sequence_values(model, model.rollout(start, samples), samples, ends, discount)
         actions = torch.cat([samples, policy_actions], dim=2)  # [H, E, N + P, A]
         values = torch.cat([values, policy_values], dim=1).nan_to_num(0.0)  # [E, N + P]
 
@@ -145,9 +145,7 @@ def plan(
     return Plan(action, torch.cat([mean, rest]), std[0], elite_values.mean(1))
 
 
-def _follow_policy(
-    model: WorldModel, latents: Tensor, noise: Tensor
-) -> tuple[Tensor, list[Tensor]]:
+def follow_policy(model: WorldModel, latents: Tensor, noise: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Actions `[H, E, P, A]` and latents of the trajectories that the noisy policy takes."""
     visited = [latents.expand(-1, noise.shape[2], -1)]
     actions = []
@@ -157,7 +155,7 @@ def _follow_policy(
     return torch.stack(actions), visited
 
 
-def _values(
+def sequence_values(
     model: WorldModel, latents: list[Tensor], actions: Tensor, end_noise: Tensor, discount: float
 ) -> Tensor:
     """Discounted predicted rewards plus the discounted value at the end, `[E, N]`.
