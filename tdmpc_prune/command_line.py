@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import hydra
@@ -56,6 +56,36 @@ def run_command(name: str, function: Callable[[Any, list[str]], None]) -> None:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (HydraException, OmegaConfBaseException) as error:
+        _exit(error, schema)
+
+
+def run_sweeps(
+    name: str,
+    function: Callable[[Any, list[str]], None],
+    sweeps: Callable[[Any], Iterable[str]],
+    conclude: Callable[[Any], None],
+) -> None:
+    """Run `function` in sweeps through the Hydra launcher that the command line chooses.
+
+    Args:
+        name: the command, a key of `config.COMMANDS`.
+        function: as for `run_command`; it gets the settings with one sweep's overrides.
+        sweeps: from the settings, the override of one sweep after another.
+        conclude: called at the end.
+    """
+    schema, arguments = configuration.COMMANDS[name], sys.argv[1:]
+    if {"--help", "-h"} & set(arguments):
+        print(help_text(name, schema, function.__doc__ or ""))
+        return
+    configuration.register()
+    try:
+        with hydra.initialize_config_module("tdmpc_prune.conf", version_base="1.3"):
+            settings = OmegaConf.to_object(hydra.compose(name, arguments))
+        for override in sweeps(settings):
+            sys.argv = [sys.argv[0], "--multirun", *arguments, override]
+            run_command(name, function)
+        conclude(settings)
+    except (UserError, RunError, HydraException, OmegaConfBaseException) as error:
         _exit(error, schema)
 
 

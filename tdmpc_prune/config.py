@@ -14,7 +14,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tdmpc_prune.agent.config import PRESETS, AgentConfig
+from tdmpc_prune.agent.config import PRESETS, AgentConfig, PlannerConfig
+from tdmpc_prune.agent.config import LearningConfig as AgentLearningConfig
+from tdmpc_prune.agent.config import NetworkConfig as AgentNetworkConfig
 from tdmpc_prune.autoencoder.config import DATA, DataConfig
 from tdmpc_prune.autoencoder.config import LearningConfig as AutoencoderLearningConfig
 from tdmpc_prune.autoencoder.config import NetworkConfig as AutoencoderNetworkConfig
@@ -421,6 +423,74 @@ class BenchmarkConfig:
         check_machine(self.device, self.threads)
 
 
+DENSE, SMALL, REINITIALISED = "dense", "small from scratch", "re-initialised"
+COEFFICIENTS = "coefficients"
+ARMS = (DENSE, SMALL, REINITIALISED, *METRICS, COEFFICIENTS)
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A comparison of ways to prune: tasks × arms × sparsities × seeds."""
+
+    tasks: list[str] = setting(
+        lambda: ["cartpole-swingup", "walker-walk", "cheetah-run", "reacher-easy"], "the tasks"
+    )
+    arms: list[str] = setting(lambda: list(ARMS), f"of {', '.join(ARMS)}")
+    sparsities: list[float] = setting(
+        lambda: [0.5, 0.8, 0.9, 0.95, 0.99], "fractions of the parameters that go, in one cut"
+    )
+    seeds: list[int] = setting(lambda: [1, 2, 3, 4, 5], "each with a dense agent of its own")
+    start_env_steps: int = setting(25_000, "training of the dense agents before the cut")
+    env_steps: int = setting(6_000, "training after it; small ones from scratch get both")
+    eval_every: int = setting(1_000, "env steps between evaluations after the cut")
+    episodes: int = setting(5, "per evaluation")
+    min_width: int = setting(2, "units that every group keeps at least")
+    model: AgentConfig = setting(AgentConfig, "the dense agents")
+    device: str = setting("cpu", "auto, cpu or cuda")
+    out: str = setting("studies/full", "folder of the jobs and of the results")
+
+    def __post_init__(self):
+        for arm in self.arms:
+            require(arm in ARMS, f"study.arms: '{arm}' must be one of {', '.join(ARMS)}")
+        for name in ("tasks", "arms", "sparsities", "seeds"):
+            values = getattr(self, name)
+            require(len(values) > 0, f"study.{name} is empty")
+            require(len(set(values)) == len(values), f"study.{name}={values} repeats a value")
+        for sparsity in self.sparsities:
+            require(0 < sparsity < 1, f"study.sparsities: {sparsity} must lie in (0, 1)")
+        for name in ("start_env_steps", "env_steps", "eval_every", "episodes", "min_width"):
+            value = getattr(self, name)
+            require(value >= 1, f"study.{name}={value} must be at least 1")
+
+
+STUDIES = {
+    "full": StudyConfig(),
+    "quick": StudyConfig(
+        tasks=["cartpole-balance"],
+        arms=[DENSE, SMALL, REINITIALISED, "random", "magnitude", "bayesian"],
+        sparsities=[0.5, 0.9],
+        seeds=[1, 2],
+        start_env_steps=10_000,
+        env_steps=3_000,
+        episodes=3,
+        model=AgentConfig(
+            network=AgentNetworkConfig(encoder_width=48, latent_width=16, hidden_width=48),
+            planner=PlannerConfig(samples=64, elites=16, iterations=4, schedule_decisions=1_000),
+            learning=AgentLearningConfig(seed_decisions=250, batch=128),
+        ),
+        out="studies/quick",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class StudyCommand:
+    """The whole study, or one of its jobs."""
+
+    study: StudyConfig = setting(StudyConfig, "what is compared: quick, or full")
+    job: int | None = setting(None, "number of the one job to run; null runs all, and reports")
+
+
 def check_machine(device: str, threads: int) -> None:
     """Refuse a device or thread count that cannot be."""
     require(device in ("auto", "cpu", "cuda"), f"device={device} must be auto, cpu or cuda")
@@ -439,11 +509,13 @@ COMMANDS = {
     "sensitivity": SensitivityConfig,
     "stability": StabilityConfig,
     "importance": ImportanceConfig,
+    "study": StudyCommand,
     "export": ExportConfig,
     "benchmark": BenchmarkConfig,
 }
 GROUPS = {
     "model": PRESETS,
+    "study": STUDIES,
     "data": {name: DataConfig(name) for name in DATA},
     "prune": {method: PruneConfig(method=method) for method in ("none", *METRICS)},
 }

@@ -59,6 +59,8 @@ def read(run_dir: Path) -> ImportanceHistory:
         raise UserError(f"'{run_dir}' has no history of importance; only pruning runs have one")
     unit = next(name for name in ("env_steps", "updates") if name in records[0])
     groups = tuple(dict.fromkeys(g for r in records for v in r["groups"].values() for g in v))
+    # What is drawn at random tells nothing, unless there is nothing else.
+    metrics = [m for m in records[0]["groups"] if m != "random"] or ["random"]
     plans = sorted(run_dir.glob("plans/step-*.json"))
     homes = Plan.load(plans[0]).homes if plans else {}
     return ImportanceHistory(
@@ -70,8 +72,7 @@ def read(run_dir: Path) -> ImportanceHistory:
             metric: np.array(
                 [[r["groups"][metric].get(group, np.nan) for r in records] for group in groups]
             )
-            for metric in records[0]["groups"]
-            if metric != "random"
+            for metric in metrics
         },
         cuts=tuple(entry[unit] for entry in read_history(run_dir, "cut")),
     )

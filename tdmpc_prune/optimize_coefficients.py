@@ -50,9 +50,31 @@ def search(config: CoefficientsConfig, subject: Subject) -> tuple[Found, Plan]:
     """Find coefficients by the method of `config`, cut, and fine-tune a copy.
 
     Raises:
-        UserError: the sparsity cannot be reached, or not within the tolerance.
+        UserError: see `find`.
     """
     began = time.perf_counter()
+    plan, evaluations = find(config, subject)
+    seconds = time.perf_counter() - began
+    after = plan.widths_after
+    found = Found(
+        method=config.method,
+        coefficients={name: 1 - after[name] / width for name, width in plan.widths.items()},
+        sparsity=plan.achieved,
+        before=subject.before,
+        cut=subject.measurement(plan)(),
+        fine_tuned=subject.fine_tuned(plan, config.fine_tuning),
+        evaluations=evaluations,
+        seconds=seconds,
+    )
+    return found, plan
+
+
+def find(config: CoefficientsConfig, subject: Subject) -> tuple[Plan, int]:
+    """The plan of the coefficients that are found, and the evaluations that it took.
+
+    Raises:
+        UserError: the sparsity cannot be reached, or not within the tolerance.
+    """
     dense, densities = subject.structure.parameters(), subject.densities[config.prune.method]
     evaluations = 0
     ranking = Ranking(subject.structure, densities, config.prune, dense, config.largest)
@@ -87,19 +109,7 @@ def search(config: CoefficientsConfig, subject: Subject) -> tuple[Found, Plan]:
         base = make_plan(subject.structure, densities, settings, config.sparsity, dense)
         wanted = {name: len(base.removed.get(name, ())) / n for name, n in base.widths.items()}
     plan = ranking.plan(wanted, config.sparsity, config.tolerance, config.method)
-    seconds = time.perf_counter() - began
-    after = plan.widths_after
-    found = Found(
-        method=config.method,
-        coefficients={name: 1 - after[name] / width for name, width in plan.widths.items()},
-        sparsity=plan.achieved,
-        before=subject.before,
-        cut=subject.measurement(plan)(),
-        fine_tuned=subject.fine_tuned(plan, config.fine_tuning),
-        evaluations=evaluations,
-        seconds=seconds,
-    )
-    return found, plan
+    return plan, evaluations
 
 
 def text(found: Found, score: str) -> str:

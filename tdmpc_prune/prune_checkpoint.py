@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from tdmpc_prune import autoencoder_training, pruning_steps, runs
+from tdmpc_prune.agent.world_model import Widths
 from tdmpc_prune.autoencoder_training import AutoencoderTrainer
 from tdmpc_prune.checkpoint import load_agent
-from tdmpc_prune.compression import check
+from tdmpc_prune.compression import agent_computation, check
 from tdmpc_prune.config import AutoencoderConfig, PruneCheckpointConfig, TrainConfig
 from tdmpc_prune.errors import RunError
 from tdmpc_prune.pruning.plan import Plan
+from tdmpc_prune.pruning.surgery import commit
 from tdmpc_prune.training import Trainer
 
 
@@ -63,6 +65,17 @@ def run(config: PruneCheckpointConfig, command: list[str]) -> None:
 def start(config: PruneCheckpointConfig, command: list[str]) -> Trainer:
     """A new run that prunes the agent. Raises UserError: see `runs.start`."""
     return runs.start(training_config(config), command)
+
+
+def widths_after(config: PruneCheckpointConfig) -> Widths:
+    """An agent's widths after one cut to the final sparsity. Raises UserError: no such plan."""
+    trainer = Trainer(training_config(config), Path("."))
+    check(trainer.course, trainer.config)
+    pruning_steps.gather_all(trainer)
+    plan, learner = trainer.course.plan_at(1.0, config.prune.sparsity), trainer.learner
+    computation = agent_computation(learner.model, learner.target, trainer.config.model)
+    commit(plan, trainer.course.structure, computation)
+    return learner.model.widths
 
 
 def explain(config: PruneCheckpointConfig) -> Plan:

@@ -189,7 +189,7 @@ def test_the_loss_of_a_subject_feels_every_group(trained, kind):
         assert whole.item() == pytest.approx(1e-3, abs=1e-4)
     masks = {name: torch.full((width,), 0.3, requires_grad=True) for name, width in widths.items()}
     masked = loss(masks)
-    assert masked.item() > 2 * whole.item()
+    assert masked.item() > 1.5 * whole.item()
     gradients = torch.autograd.grad(masked, list(masks.values()))
     reached = {n for n, g in zip(masks, gradients, strict=True) if g.abs().max() > 1e-6}
     # Rewards and values of the tiny agent are zero after a few updates, so theirs may be tiny.

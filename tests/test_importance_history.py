@@ -77,6 +77,14 @@ def test_a_group_that_vanishes_has_no_rank_any_more(tmp_path):
     importance_history.draw(history)
 
 
+def test_a_run_that_tracks_random_alone_is_drawn_all_the_same(tmp_path):
+    """It could not end once, because there was nothing to draw."""
+    history = importance_history.read(write(tmp_path / "run", SWAP, metrics=()))
+    assert set(history.values) == {"random"}
+    importance_history.draw(history)
+    assert "in this run" not in importance_history.summary(history)
+
+
 def test_as_typed_from_a_run_of_an_agent(tmp_path):
     runs.start(pruning_config(tmp_path / "run"), []).run()
     done = run("importance.py", "run=run", "out=i", cwd=tmp_path)

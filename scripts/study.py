@@ -1,0 +1,14 @@
+"""Run a whole study of pruning methods, and report it. `--help` lists every setting."""
+
+from tdmpc_prune import study
+from tdmpc_prune.command_line import run_sweeps
+from tdmpc_prune.config import StudyCommand
+
+
+def job(command: StudyCommand, given: list[str]) -> None:
+    """Compare ways to prune: every arm on every task at every sparsity with every seed."""
+    study.run_job(command.study, study.all_jobs(command.study)[command.job])
+
+
+if __name__ == "__main__":
+    run_sweeps("study", job, study.sweeps, study.conclude)

@@ -1,0 +1,306 @@
+"""A study of pruning methods: which jobs it has, and how one of them is run.
+
+Every seed of a task starts with one dense agent. From its checkpoint each arm goes its own way:
+one cut to the asked sparsity, then training for the same env steps. A finished job is a
+`result.json` in its folder and is never repeated; one that was killed goes on from its newest
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tdmpc_prune import optimize_coefficients, prune_checkpoint, runs, study_report
+from tdmpc_prune.agent.world_model import Widths, WorldModel
+from tdmpc_prune.checkpoint import read_json, write_json
+from tdmpc_prune.config import (
+    COEFFICIENTS,
+    DENSE,
+    REINITIALISED,
+    SMALL,
+    CoefficientsConfig,
+    PruneCheckpointConfig,
+    StudyCommand,
+    StudyConfig,
+    TrainConfig,
+)
+from tdmpc_prune.errors import RunError
+from tdmpc_prune.evaluation import agent_size, evaluate, median_decision_milliseconds
+from tdmpc_prune.files import write_file
+from tdmpc_prune.pruning.config import PruneConfig
+from tdmpc_prune.run_log import read_history
+from tdmpc_prune.runtime import machine
+from tdmpc_prune.signals import Stopped
+from tdmpc_prune.subject import load_subject
+from tdmpc_prune.training import EVALUATION_SEED, Trainer
+
+START = "start"  # the dense agent that all arms of a seed begin with
+_RESULT, _FAILURES = "result.json", "failures.txt"
+_ATTEMPTS = 2
+_NAMED = 5  # failed jobs that are named
+_BACK = 0.95  # of the dense return: recovered
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the study."""
+
+    task: str
+    arm: str  # START, or one of `config.ARMS`
+    sparsity: float | None  # asked for; None where nothing is cut
+    seed: int
+
+    def folder(self, out: str) -> Path:
+        """Where it lies; every seed has its own."""
+        task = self.task.replace(":", "-").replace("/", "-")
+        arm = self.arm if self.sparsity is None else f"{self.arm}-{self.sparsity:g}"
+        return Path(out) / task / arm.replace(" ", "-") / f"seed{self.seed}"
+
+    def __str__(self) -> str:
+        sparsity = "" if self.sparsity is None else f" at {self.sparsity:g}"
+        return f"{self.task}, {self.arm}{sparsity}, seed {self.seed}"
+
+
+def jobs(config: StudyConfig) -> list[list[Job]]:
+    """All jobs, in two stages: the second needs the first."""
+    starts = [Job(t, START, None, s) for t in config.tasks for s in config.seeds]
+    arms = []
+    for start in starts:
+        for arm in config.arms:
+            for sparsity in [None] if arm == DENSE else config.sparsities:
+                arms.append(Job(start.task, arm, sparsity, start.seed))
+    return [starts, arms]
+
+
+def all_jobs(config: StudyConfig) -> list[Job]:
+    return [job for stage in jobs(config) for job in stage]
+
+
+def pending(config: StudyConfig, stage: list[Job]) -> list[Job]:
+    """Jobs of a stage that are neither done nor given up."""
+    return [job for job in stage if not done(config, job) and attempts(config, job) < _ATTEMPTS]
+
+
+def done(config: StudyConfig, job: Job) -> bool:
+    return (job.folder(config.out) / _RESULT).is_file()
+
+
+def attempts(config: StudyConfig, job: Job) -> int:
+    """How often a job has failed."""
+    path = job.folder(config.out) / _FAILURES
+    return path.read_text().count("Traceback") if path.is_file() else 0
+
+
+def run_job(config: StudyConfig, job: Job) -> None:
+    """Run a job to its end and write its result; a failure is noted in its folder."""
+    folder = job.folder(config.out)
+    if done(config, job):
+        return
+    began = time.perf_counter()
+    try:
+        result = _run_start(config, job) if job.arm == START else _run_arm(config, job)
+    except Stopped as stopped:
+        print(f"'{job}' was {stopped}", file=sys.stderr)
+        raise SystemExit(128 + stopped.signal_number) from stopped
+    except Exception:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / _FAILURES).open("a") as file:
+            file.write(traceback.format_exc() + "\n")
+        return
+    result |= {"seconds": time.perf_counter() - began, "machine": machine()}
+    part = folder / f".{_RESULT}.part"
+    write_json(part, result)
+    part.replace(folder / _RESULT)
+
+
+def sweeps(command: StudyCommand) -> Iterator[str]:
+    """For each sweep, the override of its jobs; asked for the next when the one before is done."""
+    config = command.study
+    everything = all_jobs(config)
+    for stage in jobs(config):
+        for _ in range(_ATTEMPTS):
+            if left := pending(config, stage):
+                finished = sum(done(config, job) for job in everything)
+                print(f"{finished} of {len(everything)} jobs are done; {len(left)} come now")
+                yield f"job={','.join(str(everything.index(job)) for job in left)}"
+
+
+def conclude(command: StudyCommand) -> None:
+    """Write table, pictures and CSV of what there is, and say what failed.
+
+    Raises:
+        RunError: jobs failed twice, or nothing was done.
+    """
+    config, out = command.study, Path(command.study.out)
+    arms = jobs(config)[1]
+    finished = [job for job in arms if done(config, job)]
+    results = [study_report.of_job(read_json(job.folder(out) / _RESULT)) for job in finished]
+    if results:
+        tables = study_report.tables(results)
+        print(tables)
+        write_file(out / "results.csv", study_report.as_csv(results), "study.out")
+        write_file(out / "results.md", tables, "study.out")
+        for name, image in study_report.pictures(results).items():
+            write_file(out / f"{name}.png", image, "study.out")
+        print(f"{len(finished)} of {len(arms)} runs; written to {out}/results.csv, .md and .png")
+    failed = [job for job in all_jobs(config) if not done(config, job)]
+    if failed:
+        names = "; ".join(f"'{job}' ({job.folder(out) / _FAILURES})" for job in failed[:_NAMED])
+        more = f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
+        raise RunError(f"{len(failed)} jobs have no result: {names}{more}")
+
+
+# --- What a job does -------------------------------------------------------------------------
+
+
+def _run_start(config: StudyConfig, job: Job) -> dict[str, Any]:
+    settings = TrainConfig(
+        task=job.task,
+        model=config.model,
+        seed=job.seed,
+        env_steps=config.start_env_steps,
+        eval_every=config.start_env_steps,
+        eval_episodes=config.episodes,
+        device=config.device,
+        run_dir=str(job.folder(config.out)),
+    )
+    trainer = _begun_or_resumed(settings)
+    return {"job": vars(job), "returns": trainer.run().returns} | _size(trainer)
+
+
+def _run_arm(config: StudyConfig, job: Job) -> dict[str, Any]:
+    start = replace(job, arm=START, sparsity=None)
+    if not done(config, start):
+        raise RunError(f"'{start}' has no result, which '{job}' starts from")
+    dense = read_json(start.folder(config.out) / _RESULT)
+    before = float(np.mean(dense["returns"]))
+    trainer = _trainer(config, job, str(start.folder(config.out)))
+    after = _new_networks_return(trainer, job) if job.arm == REINITIALISED else None
+    evaluation = trainer.run()
+    tracked = [e for e in read_history(trainer.run_dir, "tracking") if e["moment"] == "after"]
+    if tracked:
+        after = tracked[0]["returns"]
+    began = 0 if job.arm == SMALL else trainer.config.env_steps - config.env_steps
+    curve = [(0, after)] if after else [(0, dense["returns"])] if job.arm == DENSE else []
+    curve += [
+        (e["env_steps"] - began, e["returns"]) for e in read_history(trainer.run_dir, "evaluation")
+    ]
+    back = [at for at, returns in curve if np.mean(returns) >= before - (1 - _BACK) * abs(before)]
+    return {
+        "job": vars(job),
+        "before": before,
+        "after": after,
+        "recovery": back[0] if back else None,
+        "returns": evaluation.returns,
+        "curve": curve,
+        "env_steps": trainer.now,
+    } | _size(trainer)
+
+
+def _trainer(config: StudyConfig, job: Job, start: str) -> Trainer:
+    """The run of an arm, new or taken up again."""
+    pruning = PruneCheckpointConfig(
+        checkpoint=start,
+        prune=_pruning(config, job),
+        env_steps=config.env_steps,
+        seed=job.seed,
+        device=config.device,
+        eval_every=config.eval_every,
+        eval_episodes=config.episodes,
+        run_dir=str(job.folder(config.out)),
+    )
+    settings = prune_checkpoint.training_config(pruning)
+    if job.arm not in (DENSE, SMALL, REINITIALISED):
+        if job.arm == COEFFICIENTS:
+            prune = replace(settings.prune, plan=_coefficients(config, job, start))
+            settings = replace(settings, prune=prune)
+        return _begun_or_resumed(settings)
+    settings = replace(settings, prune=PruneConfig())
+    if job.arm == SMALL:
+        settings = replace(settings, start_from=None)
+    if job.arm == DENSE or _has_checkpoint(settings):
+        return _begun_or_resumed(settings)
+    widths = prune_checkpoint.widths_after(pruning)
+    trainer = _begun_or_resumed(settings)
+    trainer.take_learner(_new_networks(widths, job), {}, 0)
+    trainer.save()  # before anything is learnt, so that it is never taken for a dense run
+    return trainer
+
+
+def _new_networks(widths: Widths, job: Job) -> WorldModel:
+    """Not those that the dense agent began with."""
+    return WorldModel(widths, torch.Generator().manual_seed(job.seed + 1_000))
+
+
+def _new_networks_return(trainer: Trainer, job: Job) -> list[float]:
+    """The returns right after the networks were initialised anew, whatever was learnt since."""
+    config = trainer.config
+    model = _new_networks(trainer.model.widths, job)
+    return evaluate(
+        model,
+        config.model,
+        config.task,
+        config.action_repeat,
+        config.eval_episodes,
+        EVALUATION_SEED,
+    ).returns
+
+
+def _pruning(config: StudyConfig, job: Job) -> PruneConfig:
+    """One cut at the start, never undone. Arms without a metric of their own take bayesian's."""
+    arms = (DENSE, SMALL, REINITIALISED, COEFFICIENTS)
+    return PruneConfig(
+        method="bayesian" if job.arm in arms else job.arm,
+        sparsity=job.sparsity or config.sparsities[0],
+        start=0.0,
+        end=0.0,
+        steps=1,
+        min_width=config.min_width,
+        round_to=1,
+        max_return_drop=1e9,
+        compare=False,
+        eval_episodes=config.episodes,
+    )
+
+
+def _coefficients(config: StudyConfig, job: Job, start: str) -> str:
+    """The file of a plan whose coefficients were found by gradient descent."""
+    folder = job.folder(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "coefficients.json"
+    if not path.is_file():
+        prune = replace(_pruning(config, job), min_width=max(2, config.min_width))
+        search = CoefficientsConfig(start, sparsity=job.sparsity, prune=prune, seed=job.seed)
+        subject = load_subject(start, prune, config.episodes, job.seed)
+        optimize_coefficients.find(search, subject)[0].save(path)
+    return str(path)
+
+
+def _has_checkpoint(settings: TrainConfig) -> bool:
+    return any(Path(settings.run_dir).glob("checkpoints/[0-9]*-[0-9]*"))
+
+
+def _begun_or_resumed(settings: TrainConfig) -> Trainer:
+    """A run that was killed before its first checkpoint begins anew."""
+    folder = Path(settings.run_dir)
+    if _has_checkpoint(settings):
+        return runs.resume(replace(settings, resume=settings.run_dir), ["resume"])
+    for path in folder.glob("*"):
+        if path.name not in (_FAILURES, "coefficients.json"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return runs.start(settings, ["study.py"])
+
+
+def _size(trainer: Trainer) -> dict[str, float]:
+    model, agent = trainer.model, trainer.config.model
+    return agent_size(model, agent) | {"decision_ms": median_decision_milliseconds(model, agent)}

@@ -1,0 +1,322 @@
+"""What a study found: tables and pictures, from its CSV of results alone.
+
+Statistics after Agarwal et al. 2021 (Deep RL at the edge of the statistical precipice): the
+interquartile mean with stratified bootstrap intervals, performance profiles, and the probability of
+improvement. Scores are fractions of the dense agent's return before the cut (ours).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import mannwhitneyu, trim_mean
+from tabulate import tabulate
+
+from tdmpc_prune.config import ARMS, DENSE, SMALL
+from tdmpc_prune.errors import UserError
+from tdmpc_prune.files import png
+
+_RESAMPLES = 2000
+_REFERENCES = ("magnitude", SMALL)  # that the others are to improve on
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the CSV: one arm on one task at one sparsity with one seed."""
+
+    task: str
+    arm: str
+    asked: float | None  # sparsity
+    seed: int
+    sparsity: float
+    parameters: int
+    macs: int
+    decision_ms: float
+    before: float  # return of the dense agent at the cut
+    after: float | None  # right after the cut
+    recovery: int | None  # env steps until 95 % of `before` are back; None: not within the budget
+    end: float  # return at the end of the budget
+    env_steps: int
+    seconds: float
+
+    @property
+    def score(self) -> float:
+        """What is left of the dense agent's return at the end of the budget."""
+        return self.end / self.before
+
+
+def of_job(result: dict[str, Any]) -> Result:
+    """The line of a job's `result.json`."""
+    job = result["job"]
+    return Result(
+        task=job["task"],
+        arm=job["arm"],
+        asked=job["sparsity"],
+        seed=job["seed"],
+        sparsity=result["sparsity"],
+        parameters=result["parameters"],
+        macs=result["macs"],
+        decision_ms=result["decision_ms"],
+        before=result["before"],
+        after=float(np.mean(result["after"])) if result["after"] else None,
+        recovery=result["recovery"],
+        end=float(np.mean(result["returns"])),
+        env_steps=result["env_steps"],
+        seconds=result["seconds"],
+    )
+
+
+def as_csv(results: list[Result]) -> str:
+    text = io.StringIO()
+    names = [field.name for field in fields(Result)]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    for result in results:
+        values = [getattr(result, name) for name in names]
+        writer.writerow("" if value is None else value for value in values)
+    return text.getvalue()
+
+
+def of_csv(path: Path) -> list[Result]:
+    """The results that `as_csv` wrote. Raises UserError: it is no such file."""
+    kinds: dict[str, Callable[[str], Any]] = {"task": str, "arm": str}
+    kinds |= dict.fromkeys(("seed", "parameters", "macs", "env_steps", "recovery"), int)
+    try:
+        with path.open(newline="") as file:
+            return [
+                Result(
+                    **{
+                        field.name: kinds.get(field.name, float)(row[field.name])
+                        if row[field.name] != ""
+                        else None
+                        for field in fields(Result)
+                    }
+                )
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"'{path}' is no table of a study: {error!r}") from error
+
+
+# --- Statistics ------------------------------------------------------------------------------
+
+
+def interquartile_mean(values: np.ndarray) -> float:
+    """Mean of the middle half."""
+    return float(trim_mean(values, 0.25, axis=None))
+
+
+def interval(
+    strata: list[np.ndarray], statistic: Callable[[list[np.ndarray]], float]
+) -> tuple[float, float, float]:
+    """A statistic of some samples, and its 95 % percentile interval; each is resampled alone."""
+    rng = np.random.default_rng(0)
+    found = [
+        statistic([rng.choice(stratum, len(stratum)) for stratum in strata])
+        for _ in range(_RESAMPLES)
+    ]
+    low, high = np.percentile(found, [2.5, 97.5])
+    return statistic(strata), float(low), float(high)
+
+
+def iqm_interval(strata: list[np.ndarray]) -> tuple[float, float, float]:
+    """Interquartile mean of all strata together, and its interval."""
+    return interval(strata, lambda samples: interquartile_mean(np.concatenate(samples)))
+
+
+def probability_of_improvement(one: list[np.ndarray], other: list[np.ndarray]) -> float:
+    """That a run of one arm is better than one of the other; mean over the strata."""
+    chances = [
+        mannwhitneyu(a, b).statistic / (len(a) * len(b)) for a, b in zip(one, other, strict=True)
+    ]
+    return float(np.mean(chances))
+
+
+def improvement_interval(
+    one: list[np.ndarray], other: list[np.ndarray]
+) -> tuple[float, float, float]:
+    count = len(one)
+    return interval([*one, *other], lambda s: probability_of_improvement(s[:count], s[count:]))
+
+
+# --- Tables ----------------------------------------------------------------------------------
+
+
+def tables(results: list[Result]) -> str:
+    """Cells (task, sparsity, arm), arms over all cells, and what was run, as Markdown."""
+    parts = []
+    for task in dict.fromkeys(r.task for r in results):
+        parts.append(f"**{task}**\n\n{_cells([r for r in results if r.task == task])}")
+    parts.append(f"**All cells that every arm has**\n\n{_overall(results)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _cells(results: list[Result]) -> str:
+    rows = []
+    for asked, arm in _order(results):
+        own = [r for r in results if (r.asked, r.arm) == (asked, arm)]
+        recovered = [r.recovery for r in own if r.recovery is not None]
+        recovery = f"{len(recovered)} of {len(own)}"
+        if recovered:
+            recovery += f", {np.median(recovered):,.0f}"
+        after = [r.after for r in own if r.after is not None]
+        rows.append(
+            (
+                "" if asked is None else f"{asked:g}",
+                arm,
+                len(own),
+                f"{np.mean([r.parameters for r in own]):,.0f}",
+                f"{np.mean([r.macs for r in own]) / 1e6:.1f}",
+                _shown(iqm_interval([np.array(after)]), ".0f") if after else "",
+                recovery,
+                _shown(iqm_interval([np.array([r.end for r in own])]), ".0f"),
+            )
+        )
+    names = ["sparsity", "arm", "seeds", "parameters", "million MACs", "return right after"]
+    names += ["back at 95 %, median env steps", "return at the end"]
+    return tabulate(rows, names, "pipe", disable_numparse=True)
+
+
+def _order(results: list[Result]) -> list[tuple[float | None, str]]:
+    known = {(r.asked, r.arm) for r in results}
+    return sorted(known, key=lambda cell: (cell[0] or 0.0, ARMS.index(cell[1])))
+
+
+def _strata(results: list[Result]) -> dict[str, list[np.ndarray]]:
+    """Arm → scores of each cell (task, sparsity), of the cells that every pruned arm has."""
+    cells: dict[str, dict[tuple, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for r in results:
+        if r.asked is not None:
+            cells[r.arm][r.task, r.asked].append(r.score)
+    common = set.intersection(*(set(own) for own in cells.values())) if cells else set()
+    return {
+        arm: [np.array(cells[arm][cell]) for cell in sorted(common)] for arm in ARMS if arm in cells
+    }
+
+
+def _overall(results: list[Result]) -> str:
+    strata = _strata(results)
+    rows = []
+    for arm, own in strata.items():
+        row = [arm, sum(map(len, own)), _shown(iqm_interval(own), ".3f")]
+        for reference in _REFERENCES:
+            known = reference in strata and arm != reference
+            row.append(_shown(improvement_interval(own, strata[reference]), ".2f") if known else "")
+        rows.append(row)
+    names = ["arm", "runs", "of the dense return, IQM [95 %]"]
+    names += [f"P(better than {reference})" for reference in _REFERENCES]
+    return tabulate(rows, names, "pipe", disable_numparse=True)
+
+
+def _shown(values: tuple[float, float, float], form: str) -> str:
+    middle, low, high = (format(value, form) for value in values)
+    return f"{middle} [{low}, {high}]"
+
+
+# --- Pictures --------------------------------------------------------------------------------
+
+
+def pictures(results: list[Result]) -> dict[str, bytes]:
+    """Name → PNG."""
+    return {
+        "sparsity": png(_against_sparsity(results)),
+        "profile": png(_profiles(results)),
+        "cost": png(_against_cost(results)),
+    }
+
+
+def _colours(results: list[Result]) -> dict[str, str]:
+    arms = [arm for arm in ARMS if any(r.arm == arm for r in results)]
+    return {arm: "black" if arm == DENSE else f"C{i % 10}" for i, arm in enumerate(arms)}
+
+
+def _against_sparsity(results: list[Result]) -> Figure:
+    """The three readings against sparsity, a row for each task."""
+    tasks = list(dict.fromkeys(r.task for r in results))
+    readings = {
+        "return right after the cut": lambda r: r.after,
+        "share of runs back at 95 %": lambda r: float(r.recovery is not None),
+        "return at the end of the budget": lambda r: r.end,
+    }
+    figure = Figure(figsize=(14, 1 + 3.6 * len(tasks)), layout="constrained")
+    rows = figure.subplots(len(tasks), len(readings), squeeze=False)
+    colours = _colours(results)
+    for row, task in zip(rows, tasks, strict=True):
+        for axis, (name, read) in zip(row, readings.items(), strict=True):
+            for arm, colour in colours.items():
+                own = [r for r in results if (r.task, r.arm) == (task, arm)]
+                _draw_readings(axis, own, read, arm, colour)
+            axis.set_title(f"{task}: {name}", fontsize=9)
+            axis.set_xlabel("sparsity")
+            axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+            axis.grid(alpha=0.3)
+    handles, labels = rows[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    return figure
+
+
+def _draw_readings(axis, own: list[Result], read, arm: str, colour: str) -> None:
+    points = defaultdict(list)
+    for r in own:
+        if read(r) is not None:
+            points[r.asked].append(read(r))
+    if arm == DENSE and points:
+        level = interquartile_mean(np.array(points[None]))
+        axis.axhline(level, color=colour, linestyle=":", label=arm)
+        return
+    x = sorted(points)
+    middle = [interquartile_mean(np.array(points[at])) for at in x]
+    axis.plot(x, middle, "o-", color=colour, markersize=3, label=arm)
+    for at in x:
+        axis.plot([at] * len(points[at]), points[at], ".", color=colour, alpha=0.3, markersize=3)
+
+
+def _profiles(results: list[Result]) -> Figure:
+    """Share of runs whose score exceeds tau, over the cells that every arm has."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    colours = _colours(results)
+    taus = np.linspace(0, 1.1, 111)
+    for arm, strata in _strata(results).items():
+        scores = np.concatenate(strata) if strata else np.array([])
+        if len(scores):
+            axis.plot(taus, [(scores > tau).mean() for tau in taus], color=colours[arm], label=arm)
+    axis.set_xlabel("tau: fraction of the dense return at the end of the budget")
+    axis.set_ylabel("share of runs above tau")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def _against_cost(results: list[Result]) -> Figure:
+    """Return at the end against parameters, planning MACs and milliseconds per decision."""
+    tasks = list(dict.fromkeys(r.task for r in results))
+    costs = {
+        "parameters": lambda r: r.parameters,
+        "planning MACs": lambda r: r.macs,
+        "ms per decision": lambda r: r.decision_ms,
+    }
+    figure = Figure(figsize=(14, 1 + 3.6 * len(tasks)), layout="constrained")
+    rows = figure.subplots(len(tasks), len(costs), squeeze=False, sharey="row")
+    colours = _colours(results)
+    for row, task in zip(rows, tasks, strict=True):
+        for axis, (name, cost) in zip(row, costs.items(), strict=True):
+            for arm, colour in colours.items():
+                own = [r for r in results if (r.task, r.arm) == (task, arm)]
+                x, y = [cost(r) for r in own], [r.end for r in own]
+                axis.plot(x, y, "o", color=colour, markersize=4, alpha=0.6, label=arm)
+            axis.set_xscale("log")
+            axis.set_xlabel(name)
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel(f"{task}: return at the end")
+    handles, labels = rows[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    return figure

@@ -1,0 +1,230 @@
+"""The study: its jobs, going on after a kill, failures, launchers, and its statistics."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tdmpc_prune import study, study_report
+from tdmpc_prune.config import STUDIES, StudyCommand
+from tdmpc_prune.study_report import Result
+from tests.small import AGENT
+from tests.test_command_line import ROOT, run
+
+TINY = [
+    "study.tasks=['gym:tests.synthetic:Reach-v0']",
+    "study.seeds=[1]",
+    "study.sparsities=[0.5]",
+    "study.start_env_steps=100",
+    "study.env_steps=40",
+    "study.eval_every=20",
+    "study.episodes=2",
+    "study.out=out",
+    "study.model.network.encoder_width=12",
+    "study.model.network.latent_width=6",
+    "study.model.network.hidden_width=16",
+    "study.model.planner.horizon=3",
+    "study.model.planner.samples=24",
+    "study.model.planner.elites=6",
+    "study.model.learning.seed_decisions=40",
+    "study.model.learning.batch=16",
+]
+
+
+def config(tmp_path, **changes):
+    small = replace(STUDIES["quick"], model=AGENT, tasks=["gym:tests.synthetic:Reach-v0"])
+    small = replace(small, start_env_steps=100, env_steps=40, eval_every=20, episodes=2)
+    return replace(small, seeds=[1], sparsities=[0.5], out=str(tmp_path / "out"), **changes)
+
+
+def test_jobs_are_the_product_and_every_folder_is_its_own():
+    full = STUDIES["full"]
+    starts, arms = study.jobs(full)
+    assert len(starts) == len(full.tasks) * len(full.seeds)
+    cut = len(full.arms) - 1  # all but dense have a run for every sparsity
+    assert len(arms) == len(starts) * (1 + cut * len(full.sparsities))
+    folders = [job.folder(full.out) for job in starts + arms]
+    assert len(set(folders)) == len(folders)
+
+
+def test_every_arm_runs_and_only_once(tmp_path):
+    arms = ["dense", "small from scratch", "re-initialised", "magnitude", "coefficients"]
+    tiny = config(tmp_path, arms=arms)
+    for job in study.all_jobs(tiny):
+        study.run_job(tiny, job)
+        assert study.attempts(tiny, job) == 0, (job.folder(tiny.out) / "failures.txt").read_text()
+    results = {}
+    for job in study.jobs(tiny)[1]:
+        path = job.folder(tiny.out) / "result.json"
+        results[job.arm] = study_report.of_job(json.loads(path.read_text()))
+        before = path.stat().st_mtime_ns
+        study.run_job(tiny, job)
+        assert path.stat().st_mtime_ns == before
+    dense = results["dense"]
+    assert dense.sparsity == 0 and dense.after is None and dense.env_steps == 140
+    for arm in arms[1:]:
+        assert 0.5 <= results[arm].sparsity < 0.6
+        assert results[arm].before == dense.before and results[arm].env_steps == 140
+    small, again = results["small from scratch"], results["re-initialised"]
+    assert small.after is None and again.after is not None
+    assert small.parameters == again.parameters
+    start = study.all_jobs(tiny)[0].folder(tiny.out)
+    runs = {job.arm: job.folder(tiny.out) for job in study.jobs(tiny)[1]}
+    episodes = {arm: _env_steps_of_episodes(folder) for arm, folder in runs.items()}
+    assert len(episodes["small from scratch"]) == len(_env_steps_of_episodes(start)) + 2
+    assert all(len(episodes[arm]) == 2 for arm in arms if arm != "small from scratch")
+
+
+def _env_steps_of_episodes(folder):
+    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [line["env_steps"] for line in lines if line["kind"] == "episode"]
+
+
+def test_a_job_that_fails_is_tried_twice_and_never_dropped(tmp_path, monkeypatch):
+    tiny = config(tmp_path, arms=["dense", "magnitude"])
+
+    def explode(*arguments):
+        raise ValueError("it is broken")
+
+    monkeypatch.setattr(study, "_run_arm", explode)
+    rounds = []
+    for override in study.sweeps(StudyCommand(tiny)):
+        numbers = [int(number) for number in override.removeprefix("job=").split(",")]
+        rounds.append(numbers)
+        for number in numbers:
+            study.run_job(tiny, study.all_jobs(tiny)[number])
+    assert rounds == [[0], [1, 2], [1, 2]]
+    with pytest.raises(Exception, match=r"2 jobs have no result: .*magnitude at 0.5, seed 1"):
+        study.conclude(StudyCommand(tiny))
+    failures = study.all_jobs(tiny)[1].folder(tiny.out) / "failures.txt"
+    assert failures.read_text().count("ValueError: it is broken\n") == 2
+
+
+def test_a_killed_study_goes_on_where_it_was(tmp_path):
+    arguments = [*TINY, "study=quick", "study.arms=[dense]", "study.start_env_steps=4000"]
+    command = [sys.executable, str(ROOT / "scripts" / "study.py"), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+    history = tmp_path / "out/gym-tests.synthetic-Reach-v0/start/seed1/history.jsonl"
+    while not (history.exists() and len(history.read_text().splitlines()) > 20):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    before = _env_steps_of_episodes(history.parent)
+    assert len(before) < 200 and not (history.parent / "failures.txt").exists()
+    done = run("study.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    after = _env_steps_of_episodes(history.parent)
+    assert after[: len(before)] == before and after == [20 * (i + 1) for i in range(200)]
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "ray"])
+def test_launchers(tmp_path, launcher):
+    if launcher == "ray" and not importlib.util.find_spec("hydra_plugins.hydra_ray_launcher"):
+        pytest.skip("Ray is not installed (pip install -e '.[ray]')")
+    more = {"joblib": ["hydra.launcher.n_jobs=2"], "ray": ["+hydra.launcher.ray.init.num_cpus=2"]}
+    arguments = [*TINY, "study=quick", "study.arms=[random,magnitude]"]
+    arguments += [f"hydra/launcher={launcher}", *more.get(launcher, [])]
+    done = run("study.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"results.csv", "results.md", "sparsity.png", "profile.png", "cost.png"} <= names
+    results = study_report.of_csv(tmp_path / "out" / "results.csv")
+    assert [(r.arm, r.asked, r.seed) for r in results] == [
+        ("random", 0.5, 1),
+        ("magnitude", 0.5, 1),
+    ]
+    assert study_report.tables(results) == (tmp_path / "out" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["study=huge"], "study=huge is not a choice; the choices are full, quick"),
+        (["study.arms=[dense,best]"], "'best' must be one of dense"),
+        (["study.sparsities=[1.5]"], "1.5 must lie in (0, 1)"),
+        (["study.seeds=[]"], "study.seeds is empty"),
+        (["study.seeds=[1,1]"], "repeats a value"),
+        (["studi.seeds=[1]"], "unknown setting"),
+    ],
+)
+def test_wrong_input_is_one_line(tmp_path, arguments, message):
+    done = run("study.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0], done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# --- Statistics ------------------------------------------------------------------------------
+
+
+def result(arm, seed, end, asked=0.5, task="t", **changes):
+    return replace(
+        Result(task, arm, asked, seed, 0.5, 10, 20, 1.0, 100.0, 40.0, 200, end, 9, 1.0), **changes
+    )
+
+
+def test_statistics_with_known_answers():
+    assert study_report.interquartile_mean(np.array([-1000.0, 1, 2, 3, 4, 5, 6, 9000])) == 3.5
+    worse, better = [np.array([1.0, 2, 3])], [np.array([4.0, 5, 6])]
+    assert study_report.probability_of_improvement(better, worse) == 1.0
+    assert study_report.probability_of_improvement(worse, better) == 0.0
+    same = [np.array([1.0, 1.0]), np.array([2.0, 3.0])]
+    assert study_report.probability_of_improvement(same, same) == 0.5  # ties count half
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(0, 1000), min_size=2, max_size=12))
+def test_an_interval_holds_its_statistic(values):
+    middle, low, high = study_report.iqm_interval([np.array(values)])
+    assert low - 1e-9 <= middle <= high + 1e-9
+    assert min(values) - 1e-9 <= low and high <= max(values) + 1e-9
+
+
+def test_tables_are_of_the_csv_and_no_run_is_left_out(tmp_path):
+    results = [
+        result("dense", 1, 99.0, asked=None, after=None, recovery=0),
+        *(result("magnitude", seed, 50.0 + seed) for seed in (1, 2, 3)),
+        *(result("bayesian", seed, 80.0 + seed, recovery=None) for seed in (1, 2, 3)),
+        result("bayesian", 1, 70.0, asked=0.9),
+    ]
+    path = tmp_path / "r.csv"
+    path.write_text(study_report.as_csv(results))
+    assert study_report.of_csv(path) == results
+    text = study_report.tables(results)
+    cells = [[c.strip() for c in row.split("|")[1:-1]] for row in text.splitlines() if "|" in row]
+    assert [
+        "0.5",
+        "magnitude",
+        "3",
+        "10",
+        "0.0",
+        "40 [40, 40]",
+        "3 of 3, 200",
+        "52 [51, 53]",
+    ] in cells
+    assert sum(int(row[2]) for row in cells if row[0] in ("", "0.5", "0.9")) == len(results)
+    overall = [row for row in cells if row[0] == "bayesian"]
+    # 0.9 is no cell of magnitude's, so only 0.5 counts there.
+    assert overall == [["bayesian", "3", "0.820 [0.810, 0.830]", "1.00 [1.00, 1.00]", ""]]
+    pictures = study_report.pictures(results)
+    assert all(image.startswith(b"\x89PNG") for image in pictures.values())
+
+
+def test_a_file_that_is_no_table_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    for path in ("x.csv", "nowhere.csv"):
+        with pytest.raises(Exception, match=f"{path}' is no table of a study"):
+            study_report.of_csv(Path(tmp_path / path))
