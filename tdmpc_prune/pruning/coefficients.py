@@ -33,7 +33,7 @@ Objective = Callable[[dict[str, nn.Module]], Tensor]  # networks → the loss of
 Metric = Callable[[Plan], float]  # a plan → the task metric of the network cut by it; higher wins
 
 _RATE = 0.2  # of Adam, on the coefficients, over the root of the number of steps
-_FIRST_TAU, _LAST_TAU = 0.2, 0.01
+_FIRST_TAU, _LAST_TAU = 0.1, 0.01
 _SLACK = 3.0  # times tau that a coefficient may lie beyond its range meanwhile
 _PENALTY = 100.0  # of the squared violation of the constraint
 _FIRST_GRID = (0.0, 0.5, 1.0)  # shares of each component's largest coefficient
