@@ -25,7 +25,8 @@ class Disturb(gymnasium.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         observation, info = self.env.reset(seed=seed, options=options)
-        self._rng = np.random.default_rng(seed)
+        # A stream of its own: the environment draws its initial state from `seed` itself.
+        self._rng = np.random.default_rng(None if seed is None else [seed, 1])
         self._waiting = [np.zeros(self.action_space.shape, np.float32)] * self._delay
         return self._seen(observation), info | {"observation": observation}
 

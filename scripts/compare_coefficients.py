@@ -3,13 +3,14 @@
 from tdmpc_prune import optimize_coefficients as coefficients
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import CompareCoefficientsConfig
-from tdmpc_prune.files import write_file
+from tdmpc_prune.files import check_folder, write_file
 from tdmpc_prune.runtime import set_threads
 
 
 def main(config: CompareCoefficientsConfig, given: list[str]) -> None:
     """Uniform and global magnitude, global bayesian, grid and gradient, at equal sparsity."""
     set_threads(config.threads)
+    check_folder(config.out, "out")
     rows, score = coefficients.compare(config)
     table = coefficients.comparison_table(rows, config.sparsities, score)
     print(table)

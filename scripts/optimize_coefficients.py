@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import CoefficientsConfig
-from tdmpc_prune.files import write_file
+from tdmpc_prune.files import check_folder, write_file
 from tdmpc_prune.optimize_coefficients import optimize, text
 from tdmpc_prune.runtime import set_threads
 
@@ -14,9 +14,10 @@ from tdmpc_prune.runtime import set_threads
 def main(config: CoefficientsConfig, given: list[str]) -> None:
     """Find, by grid search or gradient descent, how much to take from each group; cut a copy."""
     set_threads(config.threads)
+    out = Path(config.out or f"{config.method}-{config.sparsity:g}.json")
+    check_folder(out, "out")
     found, plan, score = optimize(config)
     print(text(found, score))
-    out = Path(config.out or f"{config.method}-{config.sparsity:g}.json")
     write_file(out, plan.as_json(), "out")
     results = out.with_suffix(".result.json")
     write_file(results, json.dumps(asdict(found), indent=1) + "\n", "out")

@@ -10,10 +10,10 @@ from tdmpc_prune.config import PruneCheckpointConfig
 def main(config: PruneCheckpointConfig, given: list[str]) -> None:
     """Prune a saved agent or autoencoder in steps, with training and the score after each."""
     if config.explain:
-        plan = prune_checkpoint.explain(config)
+        plan = prune_checkpoint.explain(config, given)
         print(f"{plan.explain()}\n\nwritten to {config.explain}; nothing was cut")
         return
-    prune_checkpoint.run(config, sys.argv)
+    prune_checkpoint.run(config, given, sys.argv)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ import json
 from tdmpc_prune import sensitivity
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import SensitivityConfig
-from tdmpc_prune.files import write_file
+from tdmpc_prune.files import check_folder, write_file
 
 
 def main(config: SensitivityConfig, given: list[str]) -> None:
     """Remove units of each group, measure the score without recovery, and judge the metrics."""
+    check_folder(config.out, "out")
     found = sensitivity.measure(config)
     table = sensitivity.text(found, config)
     print(table)

@@ -227,7 +227,7 @@ def load_agents(path: str | Path) -> dict[str, SavedAgent]:
     kept = sorted(Path(path).glob("agents/[!.]*/agent.json"))
     found = {file.parent.name: load_agent(file.parent) for file in kept}
     latest = load_agent(path)
-    name = "latest" if found else Path(path).name
+    name = "latest" if found else Path(path).resolve().name
     if not found and latest.parent:
         found["dense"] = load_agent(latest.parent)
     return found | {name: latest}

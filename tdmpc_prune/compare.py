@@ -238,7 +238,7 @@ class Course:
     undone: int  # of them
     before: float  # return before the first cut
     lowest: float  # the lowest return right after a cut
-    last_cut: int  # env steps
+    last_cut: int  # env steps at the last that was kept
     end: Measured  # the last settled measurement
 
 
@@ -254,8 +254,9 @@ def paths(measured: list[Measured]) -> list[Course]:
         if cut and before:
             end = [m for m in own if m.moment not in _PASSING][-1]
             lowest = min(m.mean for m in cut)
-            last = cut[-1].env_steps
             undone = sum(m.moment == "not recovered" for m in own)
+            kept = [m.env_steps for m in cut if m.cut <= end.cut]
+            last = (kept or [cut[0].env_steps])[-1]
             found.append(Course(task, arm, run, len(cut), undone, before[0], lowest, last, end))
     return found
 
@@ -316,55 +317,34 @@ def _unequal(found: list[Course]) -> Iterable[str]:
 
 
 def path_picture(measured: list[Measured]) -> bytes:
-    """Return, every moment around the cuts included, and sparsity against env steps; PNG.
-
-    Means over the runs of an arm, of the moments that all of them have.
-    """
+    """Every measurement of every run that was cut: return and sparsity against env steps; PNG."""
+    runs: dict[tuple[str, str], dict[str, list[Measured]]] = defaultdict(lambda: defaultdict(list))
+    for m in measured:
+        runs[m.task, m.arm][m.run].append(m)
     cut = {path.run for path in paths(measured)}
-    measured = [m for m in measured if m.run in cut]
-    tasks = sorted({m.task for m in measured})
-    arms = sorted({m.arm for m in measured})
+    tasks = sorted({m.task for m in measured if m.run in cut})
+    arms = sorted({m.arm for m in measured if m.run in cut})
     figure = Figure(figsize=(10, 0.8 + 5 * len(tasks)), layout="constrained")
     rows = figure.subplots(2 * len(tasks), 1, squeeze=False, height_ratios=(3, 1.5) * len(tasks))
     for i, task in enumerate(tasks):
         top, bottom = rows[2 * i][0], rows[2 * i + 1][0]
         for colour, arm in enumerate(arms):
-            moments = _moments([m for m in measured if (m.task, m.arm) == (task, arm)])
-            x = [env_steps for env_steps, *_ in moments]
-            top.plot(x, [mean for _, mean, _, _ in moments], color=f"C{colour}", label=arm)
-            dips = [(at, mean) for at, mean, _, moment in moments if moment == "after"]
-            if dips:
-                top.plot(*zip(*dips, strict=True), "v", color=f"C{colour}", markersize=5)
-            bottom.step(x, [s for _, _, s, _ in moments], where="post", color=f"C{colour}")
+            for own in (way for run, way in runs[task, arm].items() if run in cut):
+                x, style = [m.env_steps for m in own], {"color": f"C{colour}", "alpha": 0.7}
+                top.plot(x, [m.mean for m in own], linewidth=1, **style)
+                dips = [m for m in own if m.moment == "after"]
+                top.plot([m.env_steps for m in dips], [m.mean for m in dips], "v", **style)
+                bottom.plot(x, [m.sparsity or 0.0 for m in own], drawstyle="steps-post", **style)
         top.set_ylabel(f"{task}: return")
         top.set_ylim(bottom=min(0, top.get_ylim()[0]))
         bottom.set_ylabel("sparsity")
-        bottom.set_xlabel("env steps (simulator steps); triangles: right after a cut")
+        bottom.set_xlabel("env steps (simulator steps); a line for each run; right after a cut: ▼")
         bottom.sharex(top)
         for axis in (top, bottom):
             axis.grid(alpha=0.3)
-    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    lines = [rows[0][0].plot([], [], color=f"C{i}", label=arm)[0] for i, arm in enumerate(arms)]
+    figure.legend(handles=lines, loc="outside lower center", fontsize=8)
     return png(figure)
-
-
-def _moments(own: list[Measured]) -> list[tuple[float, float, float, str]]:
-    """(env steps, return, sparsity, moment): means over runs, in the order of time."""
-    runs = {m.run for m in own}
-    keyed: dict[tuple, dict[str, Measured]] = defaultdict(dict)
-    for m in own:
-        keyed[m.moment, m.cut, m.due if m.moment == "evaluation" else None][m.run] = m
-    order = ["evaluation", "before", "after", "recovering", "recovered", "not recovered"]
-    found = [
-        (
-            float(np.mean([m.env_steps for m in same.values()])),
-            float(np.mean([m.mean for m in same.values()])),
-            float(np.mean([m.sparsity or 0.0 for m in same.values()])),
-            key[0],
-        )
-        for key, same in keyed.items()
-        if set(same) == runs
-    ]
-    return sorted(found, key=lambda moment: (moment[0], moment[2], order.index(moment[3])))
 
 
 def write_csv(measured: list[Measured]) -> str:

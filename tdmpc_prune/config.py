@@ -256,6 +256,7 @@ class CoefficientsConfig:
         require(
             self.prune.method != "none", "prune=none ranks nothing; choose what ranks the units"
         )
+        require(not self.prune.budgets, "prune.budgets is not known to a search for coefficients")
         check_machine("cpu", self.threads)
 
 
@@ -277,6 +278,23 @@ class CompareCoefficientsConfig:
     seed: int = setting(1, "of the batches")
     threads: int = setting(1, "CPU threads")
     out: str = setting("coefficients", "of the files <out>.md and <out>.csv")
+
+    def __post_init__(self):
+        require(self.checkpoints != [], "checkpoints=[] names none")
+        require(self.sparsities != [], "sparsities=[] names none")
+        for sparsity in self.sparsities:  # refuses what one search would refuse
+            CoefficientsConfig(
+                checkpoint="",
+                sparsity=sparsity,
+                tolerance=self.tolerance,
+                largest=self.largest,
+                budget=self.budget,
+                steps=self.steps,
+                fine_tuning=self.fine_tuning,
+                episodes=self.episodes,
+                prune=self.prune,
+                threads=self.threads,
+            )
 
 
 @dataclass(frozen=True)
@@ -303,6 +321,7 @@ class SensitivityConfig:
             len(ends) > 2 and all(a < b for a, b in pairwise(ends)),
             f"fractions={list(self.fractions)} must ascend between 0 and 1",
         )
+        require(len(set(self.groups)) == len(self.groups), f"groups={self.groups} repeats one")
         for name in ("episodes", "processes"):
             value = getattr(self, name)
             require(value >= 1, f"{name}={value} must be at least 1")
@@ -349,7 +368,7 @@ class StabilityConfig:
     processes: int = setting(2, "that play at the same time")
     seed: int = setting(0, "of initial states, planner noise and disturbances")
     threads: int = setting(1, "CPU threads")
-    out: str = setting("stability", "of <out>.json, <out>-gap.png and <out>-boundary.png")
+    out: str = setting("stability", "of <out>.json, <out>-gap.csv and .png, and <out>-boundary.png")
 
     def __post_init__(self):
         paths = [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint
@@ -375,7 +394,7 @@ class ImportanceConfig:
     """A look at how importance moved during a pruning run."""
 
     run: str = setting(MISSING, "the folder of a pruning run, of an agent or an autoencoder")
-    out: str = setting("importance", "of the files <out>.png and <out>.md")
+    out: str = setting("importance", "of the files <out>.png, <out>.md and <out>.csv")
 
 
 @dataclass(frozen=True)

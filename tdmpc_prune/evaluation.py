@@ -46,7 +46,7 @@ def evaluate(
     episodes: int,
     seed: int,
     interrupted: Callable[[], bool] = lambda: False,
-    watch: Callable[[int, np.ndarray], None] = lambda episode, observation: None,
+    watch: Callable[[int, np.ndarray, bool], None] = lambda episode, observation, terminated: None,
     disturbances: Mapping[str, Any] | None = None,
 ) -> Evaluation | None:
     """Play `episodes` whole episodes without exploration.
@@ -62,7 +62,8 @@ def evaluate(
         episodes: how many, all planned together.
         seed: of initial states and planner noise.
         interrupted: asked before every decision; when true the evaluation ends with None.
-        watch: told of every observation `[O]` of every episode, as it is without noise.
+        watch: told of every observation `[O]` of every episode, as it is without noise, and
+            whether the episode terminated there (a time limit does not count).
         disturbances: arguments of `envs.disturb`; None leaves the task as it is.
     """
     started = time.perf_counter()
@@ -73,7 +74,7 @@ def evaluate(
     for i, env in enumerate(environments):
         observation, info = env.reset(seed=seed + i)
         observations.append(observation)
-        watch(i, info.get("observation", observation))
+        watch(i, info.get("observation", observation), False)
     action_width = environments[0].action_space.shape[0]
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -91,7 +92,7 @@ def evaluate(
         for place, action in enumerate(decision.actions.cpu().numpy()):
             i = running[place]
             observations[i], reward, terminated, truncated, info = environments[i].step(action)
-            watch(i, info.get("observation", observations[i]))
+            watch(i, info.get("observation", observations[i]), bool(terminated))
             returns[i] += reward
             if terminated or truncated:
                 ended.append(place)

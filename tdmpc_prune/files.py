@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from tdmpc_prune.errors import RunError
+from tdmpc_prune.errors import RunError, UserError
 
 
 def write_file(path: str | Path, content: str | bytes, setting: str) -> None:
@@ -32,6 +32,17 @@ def write_file(path: str | Path, content: str | bytes, setting: str) -> None:
         with suppress(OSError):
             part.unlink(missing_ok=True)
         raise RunError(f"{setting}={path} cannot be written: {error.strerror}") from error
+
+
+def check_folder(path: str | Path, setting: str) -> None:
+    """Refuse, before anything is measured, a file whose folder is not there.
+
+    Raises:
+        UserError: `path` lies in no folder that can be written to.
+    """
+    folder = Path(path).absolute().parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"{setting}={path} cannot be written: '{folder}' is no folder to write to")
 
 
 def png(figure: Figure) -> bytes:

@@ -2,7 +2,9 @@
 
 IMPORTANCE claims that importance shifts while an agent learns, and that coupling groups are not
 always the most critical; this is where a run's own `history.jsonl` answers. A group's importance is
-the mean, over the units that are left of it, of importance per parameter.
+the mean, over the units that are left of it, of importance per parameter. Part of what moves it is
+the pruning itself: a cut takes the least important units and so raises the mean, and evidence is
+weighed towards the historical as the schedule goes on. Before the first cut neither is the case.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class ImportanceHistory:
     groups: tuple[str, ...]
     coupling: tuple[str, ...]  # those groups that lie in several components
     values: dict[str, np.ndarray]  # metric → [G, T]; NaN where a group was none any more
-    cuts: tuple[float, ...]
+    cuts: tuple[float, ...]  # times
+    undone: int  # of them
 
     def ranks(self, metric: str) -> np.ndarray:
         """`[G, T]`: 1 is the most important group of that time."""
@@ -75,6 +78,7 @@ def read(run_dir: Path) -> ImportanceHistory:
             for metric in metrics
         },
         cuts=tuple(entry[unit] for entry in read_history(run_dir, "cut")),
+        undone=len(read_history(run_dir, "undone")),
     )
 
 
@@ -84,14 +88,15 @@ def summary(history: ImportanceHistory) -> str:
     unit = history.unit.replace("_", " ")
     lines = [
         f"{count} times from {history.times[0]:.0f} to {history.times[-1]:.0f} {unit}, "
-        f"{len(history.groups)} groups, {len(history.cuts)} cuts; "
+        f"{len(history.groups)} groups, {len(history.cuts)} cuts ({history.undone} undone); "
         f"start and end are the means of the first and last quarter",
     ]
     if count < 4:
         return f"{lines[0]}\ntoo few times to say how importance moved"
     lines += [f"{metric}: {_moves(history, metric)}" for metric in history.values]
     gradient = [metric for metric in history.values if metric in GRADIENT_METRICS]
-    if gradient:
+    if gradient and len(history.groups) > 2:
+        lines.append(_before_cuts(history, gradient))
         lines.append(_verdict(history, gradient))
     return "\n".join(lines)
 
@@ -128,7 +133,21 @@ def _quarters(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _agreement(start: np.ndarray, end: np.ndarray) -> float:
-    return float(spearmanr(start, end, nan_policy="omit").statistic)
+    known = ~(np.isnan(start) | np.isnan(end))
+    return float(spearmanr(start[known], end[known]).statistic) if known.sum() > 2 else np.nan
+
+
+def _before_cuts(history: ImportanceHistory, metrics: list[str]) -> str:
+    """How far the ranking moved while nothing had been cut yet."""
+    before = history.times < (history.cuts[0] if history.cuts else np.inf)
+    if before.sum() < 2:
+        return "before the first cut importance was logged less than twice"
+    ranks = [history.ranks(metric)[:, before] for metric in metrics]
+    found = [_agreement(own[:, 0], own[:, -1]) for own in ranks]
+    return (
+        f"before the first cut ({int(before.sum())} times): first and last correlate with "
+        f"{min(found):.2f} to {max(found):.2f} over the gradient metrics"
+    )
 
 
 def _of_coupling(history: ImportanceHistory, ranks: np.ndarray) -> str:
@@ -160,6 +179,17 @@ def _verdict(history: ImportanceHistory, metrics: list[str]) -> str:
             f"({min(led):.0%} to {max(led):.0%} of the times)"
         )
     return text
+
+
+def as_csv(history: ImportanceHistory) -> str:
+    """What is drawn: a line for each metric, group and time."""
+    lines = [f"metric,group,{history.unit},importance,rank"]
+    for metric, values in history.values.items():
+        ranks = history.ranks(metric)
+        for g, group in enumerate(history.groups):
+            for t, time in enumerate(history.times):
+                lines.append(f"{metric},{group},{time:g},{values[g, t]:.6g},{ranks[g, t]:g}")
+    return "\n".join(lines) + "\n"
 
 
 def draw(history: ImportanceHistory) -> Figure:

@@ -52,6 +52,7 @@ def search(config: CoefficientsConfig, subject: Subject) -> tuple[Found, Plan]:
     Raises:
         UserError: see `find`.
     """
+    _ = subject.densities  # the ranking is no part of the search's time
     began = time.perf_counter()
     plan, evaluations = find(config, subject)
     seconds = time.perf_counter() - began
@@ -98,7 +99,7 @@ def find(config: CoefficientsConfig, subject: Subject) -> tuple[Plan, int]:
             else:
                 wanted, evaluations = by_grid(
                     ranking,
-                    lambda plan: subject.measurement(plan)().mean,
+                    lambda plan: subject.measurement(plan, searching=True)().mean,
                     config.sparsity,
                     config.tolerance,
                     config.budget,
@@ -146,6 +147,7 @@ class Row:
 
     checkpoint: str
     arm: str
+    asked: float  # sparsity
     found: Found
 
 
@@ -175,7 +177,7 @@ def compare(config: CompareCoefficientsConfig) -> tuple[list[Row], str]:
                 )
                 for sparsity in config.sparsities:
                     found, _ = search(replace(one, sparsity=sparsity), subject)
-                    rows.append(Row(checkpoint, arm, found))
+                    rows.append(Row(checkpoint, arm, sparsity, found))
                     bar.update()
     return rows, score
 
@@ -187,9 +189,7 @@ def comparison_table(rows: list[Row], sparsities: list[float], score: str) -> st
     for arm in ARMS:
         cells = []
         for sparsity in sparsities:
-            own = [
-                r.found for r in rows if r.arm == arm and abs(r.found.sparsity - sparsity) < 0.05
-            ]
+            own = [r.found for r in rows if (r.arm, r.asked) == (arm, sparsity)]
             pairs = [[f.cut for f in own], [f.fine_tuned for f in own]]
             cells.append(" → ".join(_shown(_mean(scores)) for scores in pairs))
         own = [r.found for r in rows if r.arm == arm]
@@ -199,7 +199,11 @@ def comparison_table(rows: list[Row], sparsities: list[float], score: str) -> st
     names = ["", *(f"sparsity {sparsity:g}" for sparsity in sparsities), "evaluations", "seconds"]
     table = tabulate(lines, names, "pipe", disable_numparse=True)
     count = len({row.checkpoint for row in rows})
-    return f"{score}, mean of {count} checkpoint(s); before the cut {before:.2f}\n\n{table}"
+    return (
+        f"{score} right after the cut → after fine-tuning, mean of {count} checkpoint(s), whose "
+        f"own is {before:.2f}; ± half of the 95 % interval over images or episodes, not over "
+        f"checkpoints; no arm takes more than `largest` of a group\n\n{table}"
+    )
 
 
 def _mean(scores: list[Score]) -> Score:
@@ -215,7 +219,9 @@ def comparison_csv(rows: list[Row]) -> str:
     for row in rows:
         found = asdict(row.found)
         coefficients = found.pop("coefficients")
-        values = by_dotted_name({"checkpoint": row.checkpoint, "arm": row.arm} | found)
+        values = by_dotted_name(
+            {"checkpoint": row.checkpoint, "arm": row.arm, "asked": row.asked} | found
+        )
         values["coefficients"] = json.dumps(coefficients)
         if row is rows[0]:
             writer.writerow(values)

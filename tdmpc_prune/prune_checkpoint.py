@@ -11,10 +11,13 @@ from tdmpc_prune.autoencoder_training import AutoencoderTrainer
 from tdmpc_prune.checkpoint import load_agent
 from tdmpc_prune.compression import agent_computation, check
 from tdmpc_prune.config import AutoencoderConfig, PruneCheckpointConfig, TrainConfig
-from tdmpc_prune.errors import RunError
+from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.surgery import commit
 from tdmpc_prune.training import Trainer
+
+_OF_AGENTS = {"env_steps", "device", "eval_episodes"}
+_OF_AUTOENCODERS = {"updates"}
 
 
 def training_config(config: PruneCheckpointConfig) -> TrainConfig:
@@ -36,13 +39,18 @@ def training_config(config: PruneCheckpointConfig) -> TrainConfig:
     )
 
 
-def autoencoder_config(config: PruneCheckpointConfig) -> AutoencoderConfig:
-    """The run that takes the autoencoder from its checkpoint to the end of its recovery."""
+def autoencoder_config(config: PruneCheckpointConfig, given: list[str]) -> AutoencoderConfig:
+    """The run that takes the autoencoder from its checkpoint to the end of its recovery.
+
+    Its widths are small beside an agent's, and so are its floors unless they are `given`.
+    """
+    floors = AutoencoderConfig().prune
+    own = {n: getattr(floors, n) for n in ("min_width", "round_to") if f"prune.{n}" not in given}
     saved = autoencoder_training.saved_config(config.checkpoint)
     done = autoencoder_training.updates_of(config.checkpoint)
     return replace(
         saved,
-        prune=config.prune,
+        prune=replace(config.prune, **own),
         seed=config.seed,
         updates=done + config.updates,
         eval_every=config.eval_every or 500,
@@ -53,10 +61,19 @@ def autoencoder_config(config: PruneCheckpointConfig) -> AutoencoderConfig:
     )
 
 
-def run(config: PruneCheckpointConfig, command: list[str]) -> None:
-    """Prune in a new run, and say what came of it. Raises UserError: see `runs.start`."""
-    if autoencoder_training.is_autoencoder(config.checkpoint):
-        trainer = autoencoder_training.start(autoencoder_config(config), command)
+def run(config: PruneCheckpointConfig, given: list[str], command: list[str]) -> None:
+    """Prune in a new run, and say what came of it.
+
+    Args:
+        config: all settings.
+        given: the names of those on the command line.
+        command: the command line.
+
+    Raises:
+        UserError: see `runs.start`; or a setting is for the other kind of network.
+    """
+    if _is_autoencoder(config, given):
+        trainer = autoencoder_training.start(autoencoder_config(config, given), command)
         autoencoder_training.finish(trainer)
     else:
         runs.finish(start(config, command))
@@ -78,7 +95,18 @@ def widths_after(config: PruneCheckpointConfig) -> Widths:
     return learner.model.widths
 
 
-def explain(config: PruneCheckpointConfig) -> Plan:
+def _is_autoencoder(config: PruneCheckpointConfig, given: list[str]) -> bool:
+    """What kind of network it is. Raises UserError: a given setting is for the other kind."""
+    autoencoder = autoencoder_training.is_autoencoder(config.checkpoint)
+    kind, foreign = ("an agent", _OF_AUTOENCODERS)
+    if autoencoder:
+        kind, foreign = ("an autoencoder", _OF_AGENTS)
+    if wrong := sorted(foreign & set(given)):
+        raise UserError(f"{wrong[0]} is not for '{config.checkpoint}', which is {kind}")
+    return autoencoder
+
+
+def explain(config: PruneCheckpointConfig, given: list[str]) -> Plan:
     """The plan of one cut to the final sparsity, written to the file `config.explain`.
 
     Raises:
@@ -86,8 +114,8 @@ def explain(config: PruneCheckpointConfig) -> Plan:
         RunError: the file cannot be written.
     """
     folder = Path(config.run_dir or ".")
-    if autoencoder_training.is_autoencoder(config.checkpoint):
-        trainer = AutoencoderTrainer(autoencoder_config(config), folder)
+    if _is_autoencoder(config, given):
+        trainer = AutoencoderTrainer(autoencoder_config(config, given), folder)
         trainer.course.check()
     else:
         trainer = Trainer(training_config(config), folder)

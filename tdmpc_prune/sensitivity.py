@@ -28,7 +28,7 @@ from tdmpc_prune.subject import Score, load_subject
 
 RANKED, RANDOM = "least important first", "at random"
 _RESAMPLES = 2000
-LEVELS = ("groups", "units", "units within their group")
+LEVELS = ("groups", "pieces", "pieces within their group")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Sensitivity:
     before: Score
     coupling: tuple[str, ...]  # names of the coupling groups
     losses: tuple[Loss, ...]
-    correlations: dict[str, dict[str, Correlation]]  # metric → level → with the losses
+    correlations: dict[str, dict[str, Correlation]]  # metric → level; none of fewer than 3 groups
 
 
 def removals(groups: Iterable[str], fractions: list[float]) -> list[Removal]:
@@ -94,12 +94,13 @@ def measure(config: SensitivityConfig) -> Sensitivity:
     subject = load_subject(
         config.checkpoint, config.prune, config.episodes, config.seed, config.threads
     )
-    structure, densities = subject.structure, subject.densities
+    structure = subject.structure
     groups = config.groups or list(structure.widths)
     if unknown := sorted(set(groups) - set(structure.widths)):
         raise UserError(
             f"groups: there is no '{unknown[0]}'; there are {', '.join(structure.widths)}"
         )
+    densities = subject.densities
     orders = _orders(structure, densities[config.prune.method], config.seed)
     wanted = removals(groups, config.fractions)
     plans = [_plan(structure, orders[r.order], r) for r in wanted]
@@ -111,7 +112,7 @@ def measure(config: SensitivityConfig) -> Sensitivity:
         "removing",
     )
     ranges = dict(zip(structure.widths, _ranges(structure), strict=True))
-    sizes = _parameters_per_unit(structure)
+    sizes = {name: structure.per_unit(name)[0] for name in structure.widths}
     losses = []
     for removal, plan, score in zip(wanted, plans, scores, strict=True):
         units = plan.removed.get(removal.group, [])
@@ -126,7 +127,7 @@ def measure(config: SensitivityConfig) -> Sensitivity:
         before=subject.before,
         coupling=tuple(group.name for group in structure.groups if group.coupling),
         losses=tuple(losses),
-        correlations={metric: correlate(losses, metric) for metric in densities},
+        correlations={m: correlate(losses, m) for m in densities} if len(groups) > 2 else {},
     )
 
 
@@ -134,15 +135,6 @@ def _ranges(structure: Structure) -> list[slice]:
     """Where each group's units lie among all."""
     ends = np.cumsum([0, *structure.widths.values()])
     return [slice(a, b) for a, b in pairwise(ends)]
-
-
-def _parameters_per_unit(structure: Structure) -> dict[str, int]:
-    """Group → parameters that one of its units takes with it."""
-    widths, whole = structure.widths, sum(structure.parameters().values())
-    return {
-        name: whole - sum(structure.parameters(widths | {name: width - 1}).values())
-        for name, width in widths.items()
-    }
 
 
 def _orders(
@@ -205,8 +197,6 @@ def _interval(view: np.ndarray) -> Correlation:
         return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
 
     everything = np.arange(len(view))
-    if len(view) < 2:
-        return Correlation(rho(everything), np.nan, np.nan)
     found = bootstrap(
         (everything,),
         rho,
@@ -251,11 +241,17 @@ def text(found: Sensitivity, config: SensitivityConfig) -> str:
         for metric, levels in found.correlations.items()
     ]
     second = tabulate(rows, ["metric", *LEVELS], "pipe", disable_numparse=True)
-    return (
+    shown = (
         f"{found.score} after removing units, ranked by {config.prune.method}, nothing learnt "
-        f"afterwards; the whole network's is {found.before.mean:.1f} ± {found.before.interval:.1f}"
-        f"\n\n{first}\n\nRank correlation of importance with what the removal cost [95 % interval, "
-        f"groups resampled]\n\n{second}"
+        f"afterwards; the whole network's is {found.before.mean:.1f} ± {found.before.interval:.1f}; "
+        f"at random is one random order\n\n{first}"
+    )
+    if not found.correlations:
+        return f"{shown}\n\nToo few groups to correlate anything with them"
+    return (
+        f"{shown}\n\nRank correlation of importance with what the removal cost [95 % interval, "
+        f"groups resampled]; a piece is what lies between two fractions of one random order, its "
+        f"importance the sum over its units' parameters\n\n{second}"
     )
 
 

@@ -8,8 +8,8 @@ out holds with confidence for states drawn as they were drawn here; it is no pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from scipy.stats import binomtest
 from tabulate import tabulate
 
 from tdmpc_prune.agent.world_model import WorldModel
-from tdmpc_prune.checkpoint import SavedAgent, load_agents, load_parent
+from tdmpc_prune.checkpoint import SavedAgent, load_agent, load_agents, load_parent
 from tdmpc_prune.config import StabilityConfig, to_plain
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.evaluation import agent_size, evaluate
@@ -40,8 +40,8 @@ ASSUMPTIONS = (
     "undisturbed episodes, which are not those that are judged.",
     "Transitions of one episode depend on each other: the interval of the violation rate uses one "
     "transition outside the target set, drawn at random, of each episode.",
-    "An episode stays if W is within the level from some decision on, for at least `hold` of the "
-    "episode, until its time limit; one that ends early did not stay.",
+    "An episode stays if W is within the level during the last `hold` of the reference's longest "
+    "episode, up to its time limit; one that terminates before did not stay.",
     "Intervals are exact (Clopper-Pearson), 95 %, two-sided, each on its own: no correction is "
     "made for judging several agents.",
     "This is a statistical certificate on sampled states, and no proof.",
@@ -77,7 +77,16 @@ class Target:
     largest_value: float  # V_max
     level: float
     hold: int  # decisions at the end of an episode in which it must not be left
-    decisions: int  # of an episode that goes on to its time limit
+    decisions: int  # of the reference's longest episode
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """What an agent did in some episodes from independent initial states."""
+
+    values: list[np.ndarray]  # of the reference along each, `[T + 1]`
+    terminated: list[bool]  # whether it ended for another reason than its time limit
+    returns: list[float]
 
 
 @dataclass(frozen=True)
@@ -118,24 +127,35 @@ def judge(config: StabilityConfig) -> Stability:
     """
     set_threads(config.threads)
     agents, reference = _agents(config)
-    names = {"calibration": reference, "dense": reference} | agents
-    parts = [
-        (name, first, min(_TOGETHER, config.episodes - first))
-        for name in names
-        for first in range(0, config.episodes, _TOGETHER)
+    disturbances, calibration_seed = to_plain(config.disturb), config.seed + _CALIBRATION_SEED
+    to_play = [(reference, calibration_seed, None), (reference, config.seed, disturbances)]
+    to_play += [(agent, config.seed, disturbances) for agent in agents.values()]
+    firsts = range(0, config.episodes, _TOGETHER)
+    jobs = [
+        partial(
+            _play, agent, reference.model, min(_TOGETHER, config.episodes - first), s + first, d
+        )
+        for agent, s, d in to_play
+        for first in firsts
     ]
-    jobs = [_job(config, name, names[name], first, count) for name, first, count in parts]
-    played = measure_all(jobs, len(jobs), config.processes, config.threads, "playing")
-    values: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    returns: dict[str, list[float]] = {name: [] for name in names}
-    for (name, _, _), (observed, own) in zip(parts, played, strict=True):
-        values[name] += [state_values(reference.model, episode) for episode in observed]
-        returns[name] += own
-    target = target_of(values.pop("calibration"), config.hold, config.level)
-    gaps = {name: [target.largest_value - value for value in own] for name, own in values.items()}
+    parts = measure_all(jobs, len(jobs), config.processes, config.threads, "playing")
+    calibration, dense, *others = (
+        _together(parts[i * len(firsts) : (i + 1) * len(firsts)]) for i in range(len(to_play))
+    )
+    target = target_of(calibration.values, config.hold, config.level)
     rng = np.random.default_rng(config.seed)
-    judged = [_judge(name, names[name], gaps[name], returns, target, config, rng) for name in gaps]
-    judged.sort(key=lambda one: one.sparsity)
+    mean = float(np.mean(dense.returns))
+    judged = [
+        assess(name, agent, episodes, mean, target, config, rng)
+        for name, agent, episodes in zip(
+            ("dense", *agents), (reference, *agents.values()), (dense, *others), strict=True
+        )
+    ]
+    gaps = {
+        one.name: [target.largest_value - value for value in episodes.values]
+        for one, episodes in zip(judged, (dense, *others), strict=True)
+    }
+    judged[1:] = sorted(judged[1:], key=lambda one: one.sparsity)
     return Stability(
         reference=str(reference.folder),
         target=target,
@@ -148,39 +168,45 @@ def judge(config: StabilityConfig) -> Stability:
 def _agents(config: StabilityConfig) -> tuple[dict[str, SavedAgent], SavedAgent]:
     """The agents to judge, by name, and their dense reference."""
     given = [config.checkpoint] if isinstance(config.checkpoint, str) else config.checkpoint
-    agents: dict[str, SavedAgent] = {}
+    found: dict[str, SavedAgent] = {}
     for path in given:
         for name, agent in load_agents(path).items():
-            agents[name if len(given) == 1 else f"{path}: {name}"] = agent
-    first = next(iter(agents.values()))
-    for name, agent in agents.items():
+            found[name if len(given) == 1 else f"{path}: {name}"] = agent
+    first = next(iter(found.values()))
+    for name, agent in found.items():
         if (agent.task, agent.action_repeat) != (first.task, first.action_repeat):
             raise UserError(f"'{name}' is for task={agent.task}, the others for {first.task}")
-    reference = load_parent(list(agents.values())[-1], config.reference)
-    if reference is None:
-        reference = next((agent for agent in agents.values() if agent.is_dense), None)
-    if reference is None:
+    agents = {name: agent for name, agent in found.items() if not agent.is_dense}
+    if config.reference:
+        reference = load_parent(first, config.reference)
+        if not reference.is_dense:
+            raise UserError(f"reference={config.reference} is pruned; it must be a dense agent")
+        return agents, reference
+    parents = {agent.parent.resolve() for agent in agents.values() if agent.parent}
+    parents |= {agent.folder.resolve() for agent in found.values() if agent.is_dense}
+    if len(parents) != 1:
+        which = "several dense agents" if parents else "none"
         raise UserError(
-            f"reference=… is needed: '{config.checkpoint}' does not name its dense agent"
+            f"reference=… is needed: checkpoint={config.checkpoint} leads to {which} to refer to"
         )
-    others = {name: agent for name, agent in agents.items() if agent.folder != reference.folder}
-    return {name: agent for name, agent in others.items() if not agent.is_dense}, reference
-
-
-def _job(
-    config: StabilityConfig, name: str, agent: SavedAgent, first: int, count: int
-) -> Callable[[], tuple[list[np.ndarray], list[float]]]:
-    """Some episodes of one agent, to be played."""
-    if name == "calibration":
-        return partial(_play, agent, count, config.seed + _CALIBRATION_SEED + first, None)
-    return partial(_play, agent, count, config.seed + first, to_plain(config.disturb))
+    return agents, load_agent(parents.pop())
 
 
 def _play(
-    agent: SavedAgent, episodes: int, seed: int, disturbances: dict[str, Any] | None
-) -> tuple[list[np.ndarray], list[float]]:
-    """Observations `[T + 1, O]` and return of each episode."""
+    agent: SavedAgent,
+    reference: WorldModel,
+    episodes: int,
+    seed: int,
+    disturbances: dict[str, Any] | None,
+) -> Episodes:
+    """Some episodes of an agent, and the reference's values along them."""
     observed: list[list[np.ndarray]] = [[] for _ in range(episodes)]
+    terminated = [False] * episodes
+
+    def watch(i: int, observation: np.ndarray, ended: bool) -> None:
+        observed[i].append(observation)
+        terminated[i] = ended
+
     evaluation = evaluate(
         agent.model,
         agent.config,
@@ -188,10 +214,17 @@ def _play(
         agent.action_repeat,
         episodes,
         seed,
-        watch=lambda i, observation: observed[i].append(observation),
+        watch=watch,
         disturbances=disturbances,
     )
-    return [np.stack(episode) for episode in observed], evaluation.returns
+    values = [state_values(reference, np.stack(episode)) for episode in observed]
+    return Episodes(values, terminated, evaluation.returns)
+
+
+def _together(parts: list[Episodes]) -> Episodes:
+    return Episodes(
+        *([one for part in parts for one in getattr(part, f.name)] for f in fields(Episodes))
+    )
 
 
 @torch.no_grad()
@@ -225,9 +258,9 @@ def violations(gap: np.ndarray, level: float) -> np.ndarray:
     return (gap[1:] >= gap[:-1])[outside]
 
 
-def stays(gap: np.ndarray, target: Target) -> bool:
-    """Whether an episode enters the target set and is in it to the end."""
-    whole = len(gap) - 1 >= target.decisions
+def stays(gap: np.ndarray, terminated: bool, target: Target) -> bool:
+    """Whether an episode enters the target set and is in it until its time limit."""
+    whole = not terminated and len(gap) > target.hold
     return whole and bool((gap[-target.hold :] <= target.level).all())
 
 
@@ -241,19 +274,32 @@ def boundary(judged: list[Judged]) -> Judged | None:
     return last
 
 
-def _judge(
+def assess(
     name: str,
     agent: SavedAgent,
-    gaps: list[np.ndarray],
-    returns: dict[str, list[float]],
+    episodes: Episodes,
+    dense: float,
     target: Target,
     config: StabilityConfig,
     rng: np.random.Generator,
 ) -> Judged:
+    """Judge an agent by its episodes.
+
+    Args:
+        name: of the agent.
+        agent: for its size and folder alone.
+        episodes: of it.
+        dense: mean return of the dense agent under the same conditions.
+        target: the target set.
+        config: required probability, tolerated drop.
+        rng: draws one transition of each episode.
+    """
+    gaps = [target.largest_value - value for value in episodes.values]
     failed = [violations(gap, target.level) for gap in gaps]
     one_each = [bool(rng.choice(outcomes)) for outcomes in failed if len(outcomes)]
-    stayed = Rate.of([stays(gap, target) for gap in gaps])
-    dense, mean = float(np.mean(returns["dense"])), float(np.mean(returns[name]))
+    ends = zip(gaps, episodes.terminated, strict=True)
+    stayed = Rate.of([stays(gap, terminated, target) for gap, terminated in ends])
+    mean = float(np.mean(episodes.returns))
     drop = (dense - mean) / abs(dense) if dense else float(mean < dense)
     size = agent_size(agent.model, agent.config)
     return Judged(
@@ -325,6 +371,8 @@ def verdict(found: Stability, config: StabilityConfig) -> str:
         f"reaching and staying with probability {config.probability:g} (lower 95 % bound) and a "
         f"return drop of at most {config.max_return_drop:g}"
     )
+    if len(found.judged) == 1:
+        return "only the dense agent was judged: there is nothing that was pruned"
     if found.boundary is None:
         return f"no safe compression: the dense agent itself does not show {wanted}"
     if found.boundary.sparsity == 0:
@@ -333,6 +381,16 @@ def verdict(found: Stability, config: StabilityConfig) -> str:
         f"safe-compression boundary: sparsity {found.boundary.sparsity:.3f} "
         f"('{found.boundary.name}'), for {wanted}; a statistical certificate, no proof"
     )
+
+
+def trajectories(found: Stability) -> str:
+    """W of every episode, a line each, as CSV: agent, episode, then W at each decision."""
+    lines = [
+        ",".join([f'"{name}"', str(i), *(f"{value:.4g}" for value in gap)])
+        for name, gaps in found.gaps.items()
+        for i, gap in enumerate(gaps)
+    ]
+    return "\n".join(["agent,episode,W from the initial state on", *lines]) + "\n"
 
 
 def trajectories_picture(found: Stability) -> bytes:
@@ -346,7 +404,7 @@ def trajectories_picture(found: Stability) -> bytes:
     for axis, one in zip(axes, chosen.values(), strict=True):
         gaps = found.gaps[one.name]
         for gap in gaps:
-            axis.plot(gap, color="C0", alpha=0.1, linewidth=0.8)
+            axis.plot(gap, color="C0", alpha=min(0.5, 10 / len(gaps)), linewidth=0.8)
         shortest = min(len(gap) for gap in gaps)
         median = np.median([gap[:shortest] for gap in gaps], axis=0)
         axis.plot(median, color="C3", linewidth=2, label="median")

@@ -41,6 +41,7 @@ from tdmpc_prune.pruning.surgery import commit
 from tdmpc_prune.training import EVALUATION_SEED, Trainer
 
 _LEAST_LOSS = 1e-3  # of an agent; the whole network's own would be 0, which has no logarithm
+_SEARCH_SEED = 10_000  # added to the evaluations' seed while a search compares plans
 _SEQUENCES = 8  # action sequences that are compared at an observation
 _SEQUENCE_NOISE = 0.5  # standard deviation, on the policy's actions
 
@@ -71,8 +72,11 @@ class Subject(Protocol):
     def loss(self, networks: dict[str, nn.Module]) -> Tensor:
         """Of one new batch; positive."""
 
-    def measurement(self, plan: Plan) -> Callable[[], Score]:
-        """Cut a copy by `plan`; what comes back measures its score, here or in another process."""
+    def measurement(self, plan: Plan, searching: bool = False) -> Callable[[], Score]:
+        """Cut a copy by `plan`; what comes back measures its score, here or in another process.
+
+        A search has episodes or images of its own, so that its winner is not judged by luck.
+        """
 
     def fine_tuned(self, plan: Plan, length: int) -> Score:
         """Of a copy that is cut, and trained for so long after it."""
@@ -94,7 +98,7 @@ def load_subject(
         UserError: there is no such checkpoint.
     """
     if is_autoencoder(checkpoint):
-        return _Autoencoder(checkpoint, prune, seed)
+        return _Autoencoder(checkpoint, prune, seed, threads)
     settings = PruneCheckpointConfig(
         checkpoint, prune, 0, seed=seed, device="cpu", threads=threads, eval_episodes=episodes
     )
@@ -104,9 +108,14 @@ def load_subject(
 class _Autoencoder:
     score = "PSNR, dB"
 
-    def __init__(self, checkpoint: str, prune: PruneConfig, seed: int):
-        saved = saved_config(checkpoint)
-        settings = replace(saved, seed=seed, prune=PruneConfig(), start_from=None)
+    def __init__(self, checkpoint: str, prune: PruneConfig, seed: int, threads: int):
+        settings = replace(
+            saved_config(checkpoint),
+            seed=seed,
+            prune=PruneConfig(),
+            start_from=None,
+            threads=threads,
+        )
         self._prune = prune
         self._trainer = AutoencoderTrainer(settings, Path(checkpoint))
         self._model = load_autoencoder(checkpoint)
@@ -130,8 +139,10 @@ class _Autoencoder:
         images = self._trainer.batch()
         return F.mse_loss(networks["model"](images), images)
 
-    def measurement(self, plan: Plan) -> Callable[[], Score]:
-        return partial(_psnr, self._cut(plan), self._trainer.images.test)
+    def measurement(self, plan: Plan, searching: bool = False) -> Callable[[], Score]:
+        images = self._trainer.images
+        shown = images.train[: len(images.test)] if searching else images.test
+        return partial(_psnr, self._cut(plan), shown)
 
     def fine_tuned(self, plan: Plan, length: int) -> Score:
         learner = self._learner(self._cut(plan))
@@ -171,7 +182,7 @@ class _Agent:
 
     @cached_property
     def before(self) -> Score:
-        return _return(self._learner.model, self._trainer.config)
+        return _return(self._learner.model, self._trainer.config, EVALUATION_SEED)
 
     @cached_property
     def densities(self) -> dict[str, np.ndarray]:
@@ -201,14 +212,15 @@ class _Agent:
         latents = model.encode(observations)
         visited = model.rollout(latents.expand(-1, _SEQUENCES, -1), actions)
         found = sequence_values(model, visited, actions, zeros_like(noise[0]), discount)
-        acted = F.mse_loss(model.act(latents), acts) / acts.var()
+        acted = F.mse_loss(model.act(latents), acts) / acts.var().clamp(min=1e-6)
         return 1 - _correlation(found, wanted) + acted + _LEAST_LOSS
 
-    def measurement(self, plan: Plan) -> Callable[[], Score]:
+    def measurement(self, plan: Plan, searching: bool = False) -> Callable[[], Score]:
         model, target = copy.deepcopy((self._learner.model, self._learner.target))
         computation = agent_computation(model, target, self._agent)
         commit(plan, self.structure, computation)
-        return partial(_return, model, self._trainer.config)
+        seed = EVALUATION_SEED + (_SEARCH_SEED if searching else 0)
+        return partial(_return, model, self._trainer.config, seed)
 
     def fine_tuned(self, plan: Plan, length: int) -> Score:
         if not length:
@@ -232,13 +244,13 @@ def _correlation(one: Tensor, other: Tensor) -> Tensor:
     return (one * other).sum() / product.clamp(min=1e-12)
 
 
-def _return(model: WorldModel, config: TrainConfig) -> Score:
+def _return(model: WorldModel, config: TrainConfig, seed: int) -> Score:
     found = evaluate(
         model,
         config.model,
         config.task,
         config.action_repeat,
         config.eval_episodes,
-        EVALUATION_SEED,
+        seed,
     )
     return Score.of(found.returns)

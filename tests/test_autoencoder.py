@@ -208,7 +208,7 @@ def test_as_typed(tmp_path):
 def test_a_finished_autoencoder_is_pruned_explained_and_resumed(whole_run, tmp_path):
     training.start(small(tmp_path / "dense", prune=PruneConfig()), []).run()
     settings = ["checkpoint=dense", "updates=40", "prune.sparsity=0.6", "prune.steps=2"]
-    settings += ["prune.gather_updates=3", "prune.min_width=2", "prune.round_to=1", "eval_every=20"]
+    settings += ["prune.gather_updates=3", "eval_every=20"]
     done = run("prune.py", *settings, "explain=plan.json", cwd=tmp_path)
     assert done.returncode == 0 and "nothing was cut" in done.stdout, done.stderr
     done = run("prune.py", *settings, "run_dir=pruned", cwd=tmp_path)
@@ -220,6 +220,8 @@ def test_a_finished_autoencoder_is_pruned_explained_and_resumed(whole_run, tmp_p
     shutil.rmtree(tmp_path / "dense")
     longer = small(tmp_path / "pruned", resume=str(tmp_path / "pruned"), updates=110)
     training.resume(longer, ["resume", "updates"]).run()
+    wrong = run("prune.py", f"checkpoint={whole_run}", "env_steps=0", cwd=tmp_path)
+    assert wrong.returncode == 2 and "env_steps is not for" in wrong.stderr
     done = run("prune.py", f"checkpoint={whole_run}", "prune.sparsity=0.999", cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 

@@ -121,6 +121,18 @@ def test_both_searches_take_from_the_branch_that_does_nothing(branches, sparsity
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_small_budget_is_shared_between_the_coarse_grid_and_the_finer_ones(branches):
+    _, _, ranking, _, metric = branches
+    asked = []
+    soft.by_grid(ranking, lambda plan: asked.append(plan) or metric(plan), 0.3, 0.02, budget=8)
+    assert len(asked) == 8
+    coarse = []
+    soft.by_grid(ranking, lambda plan: coarse.append(plan.widths_after) or 0.0, 0.3, 0.02, 1_000)
+    first = [plan.widths_after for plan in asked[:4]]
+    assert first == coarse[:4]  # the nine coarse points would have taken all of it
+    assert any(plan.widths_after not in coarse[:9] for plan in asked[4:])
+
+
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     sparsity=st.floats(0.05, 0.85),
@@ -212,7 +224,8 @@ def test_coefficients_are_found_saved_and_carried_out(trained, tmp_path, kind, m
     assert result["evaluations"] == {"gradient": 30, "grid": 8, "uniform": 0}[method]
     plan = Plan.load(tmp_path / "plan.json")
     assert plan.achieved == result["sparsity"]
-    settings = ["prune.plan=plan.json", "env_steps=0", "updates=0", "device=cpu", "run_dir=cut"]
+    settings = ["prune.plan=plan.json", "run_dir=cut"]
+    settings += ["env_steps=0", "device=cpu"] if kind == "agent" else ["updates=0"]
     done = run("prune.py", f"checkpoint={trained / kind}", *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     cut = tmp_path / "cut"
@@ -235,6 +248,24 @@ def test_coefficients_are_found_saved_and_carried_out(trained, tmp_path, kind, m
 )
 def test_wrong_input_is_one_line(tmp_path, arguments, message):
     done = run("optimize_coefficients.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["checkpoints=[]"], "checkpoints=[] names none"),
+        (["checkpoints=[.]", "sparsities=[0.5,1.5]"], "sparsity=1.5 must lie in (0, 1)"),
+        (["checkpoints=[.]", "threads=0"], "threads=0 must be at least 1"),
+        (["checkpoints=[.]", "episodes=0"], "episodes=0 must be at least 1"),
+        (["checkpoints=[.]", "out=nowhere/x"], "out=nowhere/x cannot be written"),
+        (["checkpoints=[.]", "prune.budgets={policy: 0.5}"], "prune.budgets is not known"),
+    ],
+)
+def test_a_wrong_comparison_is_refused_in_one_line(tmp_path, arguments, message):
+    done = run("compare_coefficients.py", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and message in lines[0], done.stderr

@@ -54,6 +54,7 @@ def test_the_summary_names_who_rose_fell_and_led(tmp_path):
     assert "rose reward.0 (rank 3.0 to 1.0); fell encoder.0 (rank 1.0 to 3.0)" in text
     assert "changed between 2 of 7 neighbouring times, start and end correlate with -1.00" in text
     assert "the coupling group latent led at 0 of 8 times (mean rank 2.2 of 3)" in text
+    assert "before the first cut (2 times): first and last correlate with 1.00 to 1.00" in text
     assert text.endswith(
         "importance shifted (start against end, over the 1 gradient metrics: -1.00 to -1.00); "
         "the coupling group was never the most critical (0% to 0% of the times)"
@@ -89,7 +90,7 @@ def test_as_typed_from_a_run_of_an_agent(tmp_path):
     runs.start(pruning_config(tmp_path / "run"), []).run()
     done = run("importance.py", "run=run", "out=i", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert {"i.png", "i.md"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"i.png", "i.md", "i.csv"} <= {path.name for path in tmp_path.iterdir()}
     for metric in ("bayesian", "fisher", "taylor", "gradient", "magnitude"):
         assert f"{metric}: rose " in done.stdout
     assert "in this run: importance " in done.stdout and "; the coupling group was " in done.stdout

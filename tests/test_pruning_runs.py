@@ -338,7 +338,7 @@ def test_an_agent_without_its_buffer_can_be_cut_once_or_explained(dense, tmp_pat
     config = finished(tmp_path / "shipped", tmp_path / "run", env_steps=0, explain=path)
     config = replace(config, prune=replace(config.prune, steps=1, max_return_drop=0.0))
     if explained:
-        assert prune_checkpoint.explain(config).removed
+        assert prune_checkpoint.explain(config, []).removed
         assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json", "shipped"]
         return
     prune_checkpoint.start(config, []).run()
@@ -349,7 +349,7 @@ def test_an_agent_without_its_buffer_can_be_cut_once_or_explained(dense, tmp_pat
 
 def test_what_is_explained_is_what_is_cut(dense, tmp_path):
     config = finished(dense, tmp_path / "run", explain=str(tmp_path / "plan.json"))
-    plan = prune_checkpoint.explain(config)
+    plan = prune_checkpoint.explain(config, [])
     config = replace(config, explain=None, env_steps=0, prune=replace(config.prune, steps=1))
     prune_checkpoint.start(config, []).run()
     assert Plan.load(tmp_path / "run/plans/step-1.json") == plan
@@ -395,7 +395,7 @@ def test_pruning_a_finished_agent_resumes_exactly(dense, tmp_path, after):
 
 def test_a_plan_is_explained_saved_and_carried_out_on_the_checkpoint(dense, tmp_path):
     config = finished(dense, tmp_path / "run", explain=str(tmp_path / "plan.json"))
-    plan = prune_checkpoint.explain(config)
+    plan = prune_checkpoint.explain(config, [])
     assert Plan.load(tmp_path / "plan.json") == plan
     assert not (tmp_path / "run").exists()
     given = replace(config.prune, plan=str(tmp_path / "plan.json"))

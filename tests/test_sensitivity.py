@@ -58,8 +58,8 @@ def test_within_their_group_the_groups_do_not_matter():
     lost = np.array([[1.0, 2.0], [11.0, 12.0], [101.0, 102.0]])
     correlations = sensitivity.correlate(losses_of(lost, lost[:, ::-1]), "good")
     assert correlations["groups"].rho == pytest.approx(1.0)
-    assert correlations["units"].rho > 0.7
-    assert correlations["units within their group"].rho == pytest.approx(-1.0)
+    assert correlations["pieces"].rho > 0.7
+    assert correlations["pieces within their group"].rho == pytest.approx(-1.0)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,8 @@ def test_as_typed(trained, tmp_path, kind):
         (["checkpoint=.", "fractions=[0.5,0.2]"], "fractions=[0.5, 0.2] must ascend"),
         (["checkpoint=.", "fractions=[]"], "must ascend between 0 and 1"),
         (["checkpoint=.", "processes=0"], "processes=0 must be at least 1"),
+        (["checkpoint=.", "groups=[a,a]"], "repeats one"),
+        (["checkpoint=.", "out=nowhere/x"], "out=nowhere/x cannot be written"),
         (["checkpoint=.", "prune=none"], "prune=none ranks nothing"),
     ],
 )
@@ -108,6 +110,16 @@ def test_wrong_input_is_one_line(tmp_path, arguments, message):
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and message in lines[0], done.stderr
+
+
+def test_two_groups_are_measured_and_not_correlated(trained, tmp_path):
+    arguments = ["groups=[encoder.0,decoder.0]", "fractions=[0.5]", "processes=1", "out=s"]
+    arguments += [f"checkpoint={trained / 'autoencoder'}", "prune.gather_updates=3"]
+    done = run("sensitivity.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Too few groups to correlate" in done.stdout
+    values = json.loads((tmp_path / "s.json").read_text())
+    assert values["correlations"] == {} and len(values["losses"]) == 6
 
 
 def test_an_unknown_group_is_named(trained, tmp_path):

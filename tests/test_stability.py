@@ -13,7 +13,9 @@ from scipy.stats import beta
 from envs import TaskError, disturb, make_env
 from tdmpc_prune import runs, stability
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.stability import Judged, Rate, Target
+from tdmpc_prune.checkpoint import load_agent
+from tdmpc_prune.config import StabilityConfig
+from tdmpc_prune.stability import Episodes, Judged, Rate, Target
 from tests.small import pruning_config, small_config
 from tests.test_command_line import run
 
@@ -43,10 +45,11 @@ def test_violations_count_outside_the_target_set_alone():
 
 def test_to_stay_is_to_be_there_to_the_end():
     target = Target(largest_value=10.0, level=1.0, hold=3, decisions=6)
-    assert stability.stays(np.array([9, 5, 3, 2, 1.0, 0.5, 0.9]), target)
-    assert not stability.stays(np.array([9, 5, 0.1, 0.1, 0.1, 1.1, 0.1]), target)  # left again
-    assert not stability.stays(np.array([9, 5, 4, 3, 3, 2, 0.5]), target)  # came too late
-    assert not stability.stays(np.array([9, 0.1, 0.1, 0.1]), target)  # the episode ended early
+    assert stability.stays(np.array([9, 5, 3, 2, 1.0, 0.5, 0.9]), False, target)
+    assert not stability.stays(np.array([9, 5, 0.1, 0.1, 0.1, 1.1, 0.1]), False, target)  # left
+    assert not stability.stays(np.array([9, 5, 4, 3, 3, 2, 0.5]), False, target)  # came too late
+    assert not stability.stays(np.array([9, 5, 3, 2, 1.0, 0.5, 0.9]), True, target)  # fell
+    assert not stability.stays(np.array([0.1, 0.1, 0.1]), False, target)  # too short to tell
 
 
 def test_the_target_set_is_where_the_references_own_episodes_end():
@@ -54,8 +57,47 @@ def test_the_target_set_is_where_the_references_own_episodes_end():
     target = stability.target_of(values, hold=0.5, quantile=1.0)
     assert target == Target(largest_value=10.0, level=2.0, hold=2, decisions=4)
     gaps = [target.largest_value - value for value in values]
-    assert all(stability.stays(gap, target) for gap in gaps)
+    assert all(stability.stays(gap, False, target) for gap in gaps)
     assert stability.target_of(values, hold=0.5, quantile=1e-9).level == pytest.approx(1.0)
+
+
+def linear(factor, seed, episodes=80, steps=60):
+    """x' = factor x from x0 in ±[1, 2], under the value -x², whose gap is a Lyapunov function."""
+    rng = np.random.default_rng(seed)
+    starts = rng.uniform(1, 2, episodes) * rng.choice([-1, 1], episodes)
+    values = [-((x * factor ** np.arange(steps + 1)) ** 2) for x in starts]
+    return Episodes(values, [False] * episodes, [float(value.sum()) for value in values])
+
+
+@pytest.mark.parametrize(
+    ("factor", "violated", "stays"),
+    [
+        (0.8, 0.0, True),
+        (-0.9, 0.0, True),
+        (1.0, 1.0, False),
+        (-1.0, 1.0, False),
+        (1.05, 1.0, False),
+    ],
+)
+def test_a_linear_system_is_stable_marginal_or_unstable(pruned, factor, violated, stays):
+    """The reference contracts by 0.8; 0.8 and -0.9 are stable, ±1 marginal, 1.05 unstable."""
+    settings = StabilityConfig("any", max_return_drop=0.999)
+    target = stability.target_of(linear(0.8, 1).values, settings.hold, settings.level)
+    dense, system = linear(0.8, 2), linear(factor, 2)
+    agent, rng = load_agent(pruned), np.random.default_rng(0)
+    mean = float(np.mean(dense.returns))
+    # The target set of so fast a reference is tiny; the slower stable system gets there later.
+    target = replace(target, level=1e-3)
+    found = stability.assess("x", agent, system, mean, target, settings, rng)
+    assert found.violations == violated * found.outside and found.outside > 0
+    assert found.sampled == Rate.of([bool(violated)] * 80)
+    assert found.stayed == Rate.of([stays] * 80)
+    whole = stability.assess("dense", agent, dense, mean, target, settings, rng)
+    assert whole.safe
+    if factor == 0.8:
+        assert found.safe and stability.boundary([whole, found]) is found
+    if not stays:
+        assert not found.safe and stability.boundary([whole, found]) is whole
 
 
 def judged(name, sparsity, safe):
@@ -141,7 +183,7 @@ def test_a_whole_pruning_run_is_certified(pruned, tmp_path):
     arguments = [f"checkpoint={pruned}", "episodes=12", "max_return_drop=0.99", "out=c"]
     done = run("stability.py", *arguments, "probability=0.01", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    names = ["c-boundary.png", "c-gap.png", "c.json"]
+    names = ["c-boundary.png", "c-gap.csv", "c-gap.png", "c.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     found = json.loads((tmp_path / "c.json").read_text())
     assert len(found["assumptions"]) >= 5 and "no proof" in " ".join(found["assumptions"])
@@ -152,6 +194,8 @@ def test_a_whole_pruning_run_is_certified(pruned, tmp_path):
     assert all(agent["stayed"]["trials"] == 12 for agent in agents)
     assert found["target"]["decisions"] == 20 and found["target"]["hold"] == 5
     again = run("stability.py", *arguments, "probability=0.01", "processes=1", cwd=tmp_path)
+    lines = (tmp_path / "c-gap.csv").read_text().splitlines()
+    assert len(lines) == 1 + 12 * len(agents)
     assert again.stdout == done.stdout  # the number of processes changes nothing
 
 
@@ -177,6 +221,8 @@ def test_one_agent_with_a_reference_of_its_own_and_disturbances(pruned, tmp_path
         (["checkpoint=PRUNED", "disturb.mass={pole_1: 2.0}"], "only be changed of a task that"),
         (["checkpoint=PRUNED", "disturb.mass={pole_1: -1}"], "pole_1=-1.0 must be positive"),
         (["checkpoint=PRUNED", "reference=nowhere"], "'nowhere' does not exist"),
+        (["checkpoint=PRUNED", "reference=PRUNED"], "is pruned; it must be a dense agent"),
+        (["checkpoint=PRUNED", "out=nowhere/x"], "out=nowhere/x cannot be written"),
     ],
 )
 def test_wrong_input_is_one_line(pruned, tmp_path, arguments, message):

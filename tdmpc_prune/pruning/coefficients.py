@@ -38,6 +38,7 @@ _SLACK = 3.0  # times tau that a coefficient may lie beyond its range meanwhile
 _PENALTY = 100.0  # of the squared violation of the constraint
 _FIRST_GRID = (0.0, 0.5, 1.0)  # shares of each component's largest coefficient
 _REFINEMENTS = (0.25, 0.125)  # steps of the finer grids around the best
+_COARSE, _MIDDLE = 0.5, 0.75  # of the budget: the end of the first grid, and of the second
 
 
 class Ranking:
@@ -374,13 +375,15 @@ def by_grid(
     seen: dict[str, float] = {}
     best: tuple[float, tuple[float, ...]] | None = None
 
-    def try_point(point: tuple[float, ...]) -> None:
+    def try_point(point: tuple[float, ...], limit: int) -> None:
         nonlocal best
+        if len(seen) >= limit:
+            return
         share = dict(zip(components, point, strict=True))
         wanted = {name: share[home] * ranking.largest[name] for name, home in homes.items()}
         plan = ranking.plan(wanted, sparsity, tolerance, "grid")
         key = str(sorted(plan.widths_after.items()))
-        if key in seen or len(seen) >= budget:
+        if key in seen:
             return
         seen[key] = metric(plan)
         progress(len(seen), budget)
@@ -392,11 +395,14 @@ def by_grid(
     for point in sorted(
         coarse, key=lambda p: sum(abs(a - b) for a, b in zip(p, middle, strict=True))
     ):
-        try_point(point)
+        try_point(point, math.ceil(_COARSE * budget))
     for step in _REFINEMENTS:
         _, centre = best
-        for change in itertools.product((-step, 0.0, step), repeat=len(components)):
-            try_point(tuple(min(1.0, max(0.0, c + d)) for c, d in zip(centre, change, strict=True)))
+        changes = itertools.product((-step, 0.0, step), repeat=len(components))
+        # One component at a time first: with many of them the budget ends before the product does.
+        for change in sorted(changes, key=np.count_nonzero):
+            point = tuple(min(1.0, max(0.0, c + d)) for c, d in zip(centre, change, strict=True))
+            try_point(point, budget if step == _REFINEMENTS[-1] else math.ceil(_MIDDLE * budget))
     share = dict(zip(components, best[1], strict=True))
     return {name: share[home] * ranking.largest[name] for name, home in homes.items()}, len(seen)
 
