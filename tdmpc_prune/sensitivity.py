@@ -243,8 +243,8 @@ def text(found: Sensitivity, config: SensitivityConfig) -> str:
     second = tabulate(rows, ["metric", *LEVELS], "pipe", disable_numparse=True)
     shown = (
         f"{found.score} after removing units, ranked by {config.prune.method}, nothing learnt "
-        f"afterwards; the whole network's is {found.before.mean:.1f} ± {found.before.interval:.1f}; "
-        f"at random is one random order\n\n{first}"
+        f"afterwards (at random: one random order); the whole network's is "
+        f"{found.before.mean:.1f} ± {found.before.interval:.1f}\n\n{first}"
     )
     if not found.correlations:
         return f"{shown}\n\nToo few groups to correlate anything with them"
