@@ -361,7 +361,24 @@ def text(found: Stability, config: StabilityConfig) -> str:
         f"{config.episodes} episodes of each agent, {conditions}; target set: W <= "
         f"{found.target.level:.3g} (V_max {found.target.largest_value:.4g}), to be kept for the "
         f"last {found.target.hold} of {found.target.decisions} decisions\n\n{table}\n\n"
-        f"{verdict(found, config)}"
+        f"{verdict(found, config)}{_doubt(found)}"
+    )
+
+
+def _doubt(found: Stability) -> str:
+    """Where the reference may have learnt too little to judge by."""
+    dense = found.judged[0]
+    better = [
+        one.name
+        for one in found.judged[1:]
+        if one.mean_return >= dense.mean_return and one.stayed.high < dense.stayed.low
+    ]
+    if not better:
+        return ""
+    return (
+        f"\n\n{', '.join(better)}: the return is not less than the dense agent's, but its W does not "
+        f"fall there; it may have learnt too little to know these states. Give a dense agent that "
+        f"has learnt as long: reference=…"
     )
 
 

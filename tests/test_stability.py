@@ -15,7 +15,7 @@ from tdmpc_prune import runs, stability
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.checkpoint import load_agent
 from tdmpc_prune.config import StabilityConfig
-from tdmpc_prune.stability import Episodes, Judged, Rate, Target
+from tdmpc_prune.stability import Episodes, Judged, Rate, Stability, Target
 from tests.small import pruning_config, small_config
 from tests.test_command_line import run
 
@@ -98,6 +98,24 @@ def test_a_linear_system_is_stable_marginal_or_unstable(pruned, factor, violated
         assert found.safe and stability.boundary([whole, found]) is found
     if not stays:
         assert not found.safe and stability.boundary([whole, found]) is whole
+
+
+def test_a_reference_that_knows_too_little_is_doubted():
+    """A pruned agent that learnt on returned more, where an early reference saw no value."""
+    rates = [Rate.of([True] * 90 + [False] * 10), Rate.of([False] * 100)]
+    dense, later = (
+        Judged(name, "", sparsity, 1, 0, 1, rates[0], rate, value, 0.0, safe)
+        for name, sparsity, rate, value, safe in (
+            ("dense", 0.0, rates[0], 800.0, True),
+            ("step-4", 0.5, rates[1], 850.0, False),
+        )
+    )
+    target = Target(10.0, 1.0, 5, 20)
+    found = Stability("r", target, (dense, later), dense, {})
+    assert "step-4: the return is not less" in stability.text(found, StabilityConfig("any"))
+    worse = replace(later, mean_return=700.0)
+    found = Stability("r", target, (dense, worse), dense, {})
+    assert "reference=" not in stability.text(found, StabilityConfig("any"))
 
 
 def judged(name, sparsity, safe):
