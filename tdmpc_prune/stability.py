@@ -376,9 +376,9 @@ def _doubt(found: Stability) -> str:
     if not better:
         return ""
     return (
-        f"\n\n{', '.join(better)}: the return is not less than the dense agent's, but its W does not "
-        f"fall there; it may have learnt too little to know these states. Give a dense agent that "
-        f"has learnt as long: reference=…"
+        f"\n\n{', '.join(better)}: the return is not less than the dense agent's, but its W does "
+        f"not fall there; it may have learnt too little to know these states. Give a dense agent "
+        f"that has learnt as long: reference=…"
     )
 
 
