@@ -265,13 +265,8 @@ def stays(gap: np.ndarray, terminated: bool, target: Target) -> bool:
 
 
 def boundary(judged: list[Judged]) -> Judged | None:
-    """The sparsest agent that is safe, as are all that are less sparse."""
-    last = None
-    for one in judged:
-        if not one.safe:
-            break
-        last = one
-    return last
+    """The sparsest agent that is safe (METHOD of COM-PACT: the largest safe compression)."""
+    return max((one for one in judged if one.safe), key=lambda one: one.sparsity, default=None)
 
 
 def assess(
@@ -390,13 +385,14 @@ def verdict(found: Stability, config: StabilityConfig) -> str:
     )
     if len(found.judged) == 1:
         return "only the dense agent was judged: there is nothing that was pruned"
-    if found.boundary is None:
-        return f"no safe compression: the dense agent itself does not show {wanted}"
-    if found.boundary.sparsity == 0:
+    if found.boundary is None or found.boundary.sparsity == 0:
         return f"safe-compression boundary: none of the cuts is safe ({wanted})"
+    at = found.boundary.sparsity
+    below = [one.name for one in found.judged if not one.safe and one.sparsity < at]
     return (
-        f"safe-compression boundary: sparsity {found.boundary.sparsity:.3f} "
-        f"('{found.boundary.name}'), for {wanted}; a statistical certificate, no proof"
+        f"safe-compression boundary: sparsity {at:.3f} ('{found.boundary.name}'), for {wanted}; a "
+        f"statistical certificate, no proof"
+        + (f". Not shown to be safe below it: {', '.join(below)}" if below else "")
     )
 
 
@@ -462,4 +458,4 @@ def boundary_picture(found: Stability, config: StabilityConfig) -> bytes:
 
 def _mark_boundary(axis: Axes, found: Stability) -> None:
     if found.boundary:
-        axis.axvspan(0, found.boundary.sparsity, color="C2", alpha=0.12, label="safe")
+        axis.axvline(found.boundary.sparsity, color="C2", linewidth=2, label="boundary")

@@ -95,7 +95,8 @@ def test_a_linear_system_is_stable_marginal_or_unstable(pruned, factor, violated
     whole = stability.assess("dense", agent, dense, mean, target, settings, rng)
     assert whole.safe
     if factor == 0.8:
-        assert found.safe and stability.boundary([whole, found]) is found
+        cut = replace(found, sparsity=0.99)
+        assert cut.safe and stability.boundary([whole, cut]) is cut
     if not stays:
         assert not found.safe and stability.boundary([whole, found]) is whole
 
@@ -124,11 +125,20 @@ def judged(name, sparsity, safe):
 
 
 @given(st.lists(st.booleans(), max_size=8))
-def test_the_boundary_is_the_last_before_the_first_unsafe_one(safe):
+def test_the_boundary_is_the_sparsest_that_is_safe(safe):
     agents = [judged(str(i), i / 10, each) for i, each in enumerate(safe)]
     found = stability.boundary(agents)
-    expected = safe.index(False) if False in safe else len(safe)
-    assert found is (agents[expected - 1] if expected else None)
+    assert found is (agents[len(safe) - 1 - safe[::-1].index(True)] if True in safe else None)
+
+
+def test_the_verdict_names_what_is_not_safe_below_the_boundary():
+    agents = tuple(judged(n, s, safe) for n, s, safe in (("dense", 0.0, True), ("a", 0.2, False)))
+    found = Stability("r", Target(1.0, 0.1, 2, 9), agents, agents[0], {})
+    assert "none of the cuts is safe" in stability.verdict(found, StabilityConfig("any"))
+    more = (*agents, judged("b", 0.5, True))
+    found = Stability("r", Target(1.0, 0.1, 2, 9), more, more[2], {})
+    words = stability.verdict(found, StabilityConfig("any"))
+    assert "sparsity 0.500 ('b')" in words and words.endswith("safe below it: a")
 
 
 def test_values_are_those_of_the_policy():
