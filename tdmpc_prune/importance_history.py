@@ -165,6 +165,8 @@ def _of_coupling(history: ImportanceHistory, ranks: np.ndarray) -> str:
 def _verdict(history: ImportanceHistory, metrics: list[str]) -> str:
     """What the gradient metrics together say of the published claims."""
     agreements = [_agreement(*_quarters(history.ranks(metric))) for metric in metrics]
+    if np.isnan(agreements).any():
+        return "in this run: too few groups lasted to say whether importance shifted"
     text = (
         f"in this run: importance {'shifted' if min(agreements) < 0.9 else 'hardly shifted'} "
         f"(start against end, over the {len(metrics)} gradient metrics: "
