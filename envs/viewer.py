@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import threading
 import time
 import warnings
 
@@ -20,6 +21,7 @@ _FASTER, _SLOWER = (61, 334), (45, 333)  # on the main block, on the keypad
 _LATE = 0.25  # s; a frame later than this does not make the next ones hurry
 _LONGEST_GAP = 0.1  # s between frames, however slow drawing is
 _IDLE = 0.02  # s between frames while paused
+_CLOSING = 10.0  # s that the window may take to close
 
 
 class Viewer:
@@ -51,9 +53,11 @@ class Viewer:
         self.reset_wanted = False
         self.frames = 0
         self._due = self._shown = time.perf_counter()
+        others = set(threading.enumerate())
         self._handle = viewer.launch_passive(
             inner.model, inner.data, key_callback=self._key, show_left_ui=False, show_right_ui=False
         )
+        self._drawing = set(threading.enumerate()) - others  # the window's own threads
 
         if inner.model.ncam:  # the task's own view; Esc frees the camera
             self._handle.cam.type = mjtCamera.mjCAMERA_FIXED
@@ -63,7 +67,10 @@ class Viewer:
         return self
 
     def __exit__(self, *_) -> None:
+        # A thread that still draws while simulator or interpreter are torn down ends in a crash.
         self._handle.close()
+        for thread in self._drawing:
+            thread.join(_CLOSING)
 
     @property
     def is_open(self) -> bool:

@@ -1,5 +1,6 @@
 """Watching an agent: MuJoCo's viewer in a real window under Xvfb, and films."""
 
+import contextlib
 import json
 import os
 import resource
@@ -62,6 +63,7 @@ def xvfb():
 
 def find_window(connection, name="MuJoCo", seconds=60):
     """The first window whose title holds `name`, once it is there."""
+    from Xlib.error import BadWindow
 
     def search(window):
         title = window.get_wm_name()
@@ -72,8 +74,9 @@ def find_window(connection, name="MuJoCo", seconds=60):
 
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        if window := search(connection.screen().root):
-            return window
+        with contextlib.suppress(BadWindow):  # the one that tries the display has just gone
+            if window := search(connection.screen().root):
+                return window
         time.sleep(0.1)
     raise AssertionError("no window appeared")
 
@@ -106,7 +109,7 @@ def close(connection, window):
 
 # Reports the viewer's state as JSON lines, while the keys are pressed from outside.
 _SHOW = """
-import json, sys, time
+import json, sys, threading, time
 from envs import Viewer, make_env
 env = make_env(sys.argv[1], 1)
 env.reset(seed=0)
@@ -121,7 +124,7 @@ with Viewer(env) as viewer:
         if state != told:
             print(json.dumps(state), flush=True)
             told = state
-print(viewer.frames)
+print(viewer.frames, threading.active_count())
 """
 
 
@@ -162,7 +165,9 @@ def test_keys_reach_the_viewer_and_it_closes_cleanly():
         rest, errors = viewer.communicate(timeout=30)
         connection.close()
     assert viewer.returncode == 0, errors
-    assert int(rest.splitlines()[-1]) > 10
+    frames, threads = map(int, rest.split()[-2:])
+    # A window's thread that outlived it crashed the interpreter's end on a busy machine.
+    assert frames > 10 and threads == 1
 
 
 @needs_xvfb
