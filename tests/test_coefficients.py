@@ -204,9 +204,9 @@ def test_the_loss_of_a_subject_feels_every_group(trained, kind):
     assert masked.item() > 1.5 * whole.item()
     gradients = torch.autograd.grad(masked, list(masks.values()))
     reached = {n for n, g in zip(masks, gradients, strict=True) if g.abs().max() > 1e-6}
-    # Rewards and values of the tiny agent are zero after a few updates, so theirs may be tiny.
-    needed = widths if kind == "autoencoder" else [n for n in widths if n.startswith("policy")]
-    assert reached >= set(needed)
+    # The smallest Q decides, and that may be the same member everywhere.
+    members = {n for n in widths if n.startswith("q_ensemble")}
+    assert reached >= set(widths) - members and (kind == "autoencoder" or reached & members)
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "agent"])
