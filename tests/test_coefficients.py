@@ -210,6 +210,18 @@ def test_the_loss_of_a_subject_feels_every_group(trained, kind):
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "agent"])
+def test_a_search_is_not_judged_by_what_it_chose_from(trained, kind):
+    """It has images, or initial states and planner noise, of its own."""
+    prune = PruneConfig(method="magnitude", min_width=2, compare=False, gather_updates=1)
+    subject = load_subject(str(trained / kind), prune, episodes=2, seed=1)
+    dense = subject.structure.parameters()
+    ranking = soft.Ranking(subject.structure, subject.densities["magnitude"], prune, dense)
+    plan = ranking.plan(dict.fromkeys(subject.structure.widths, 0.3), 0.3, 0.1, "x")
+    scores = [subject.measurement(plan, searching=s)().mean for s in (False, False, True)]
+    assert scores[0] == scores[1] != scores[2]
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "agent"])
 @pytest.mark.parametrize("method", ["gradient", "grid", "uniform"])
 def test_coefficients_are_found_saved_and_carried_out(trained, tmp_path, kind, method):
     arguments = [f"checkpoint={trained / kind}", f"method={method}", "sparsity=0.5"]
