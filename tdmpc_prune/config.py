@@ -21,7 +21,7 @@ from tdmpc_prune.autoencoder.config import DATA, DataConfig
 from tdmpc_prune.autoencoder.config import LearningConfig as AutoencoderLearningConfig
 from tdmpc_prune.autoencoder.config import NetworkConfig as AutoencoderNetworkConfig
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.pruning.config import METRICS, PruneConfig
+from tdmpc_prune.pruning.config import ALLOCATIONS, METRICS, PruneConfig
 from tdmpc_prune.settings import require, setting
 
 
@@ -463,6 +463,7 @@ class StudyConfig:
     env_steps: int = setting(6_000, "training after it; small ones from scratch get both")
     eval_every: int = setting(1_000, "env steps between evaluations after the cut")
     episodes: int = setting(5, "per evaluation")
+    allocation: str = setting("balanced", f"of the cuts: {', '.join(ALLOCATIONS)}")
     min_width: int = setting(2, "units that every group keeps at least")
     model: AgentConfig = setting(AgentConfig, "the dense agents")
     device: str = setting("cpu", "auto, cpu or cuda")
@@ -475,6 +476,9 @@ class StudyConfig:
             values = getattr(self, name)
             require(len(values) > 0, f"study.{name} is empty")
             require(len(set(values)) == len(values), f"study.{name}={values} repeats a value")
+        allocation = self.allocation
+        known = ", ".join(ALLOCATIONS)
+        require(allocation in ALLOCATIONS, f"study.allocation={allocation} must be one of {known}")
         for sparsity in self.sparsities:
             require(0 < sparsity < 1, f"study.sparsities: {sparsity} must lie in (0, 1)")
         for name in ("start_env_steps", "env_steps", "eval_every", "episodes", "min_width"):

@@ -8,12 +8,13 @@ checkpoint.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from tdmpc_prune.config import (
     StudyConfig,
     TrainConfig,
 )
-from tdmpc_prune.errors import RunError
+from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.evaluation import agent_size, evaluate, median_decision_milliseconds
 from tdmpc_prune.files import write_file
 from tdmpc_prune.pruning.config import PruneConfig
@@ -45,7 +46,10 @@ from tdmpc_prune.subject import load_subject
 from tdmpc_prune.training import EVALUATION_SEED, Trainer
 
 START = "start"  # the dense agent that all arms of a seed begin with
-_RESULT, _FAILURES = "result.json", "failures.txt"
+_RESULT, _FAILURES, _SETTINGS = "result.json", "failures.txt", "study.json"
+_MAY_DIFFER = {  # among the results of one folder
+    f"study.{name}" for name in ("tasks", "arms", "sparsities", "seeds", "device", "out")
+}
 _ATTEMPTS = 2
 _NAMED = 5  # failed jobs that are named
 _BACK = 0.95  # of the dense return: recovered
@@ -101,6 +105,40 @@ def attempts(config: StudyConfig, job: Job) -> int:
     return path.read_text().count("Traceback") if path.is_file() else 0
 
 
+def claim_folder(config: StudyConfig) -> None:
+    """Write down what all results in `config.out` have in common, or check that it is the same.
+
+    Raises:
+        UserError: the folder holds results of other settings.
+        RunError: it cannot be written.
+    """
+    shared = {n: v for n, v in _flat("study", asdict(config)).items() if n not in _MAY_DIFFER}
+    path = Path(config.out) / _SETTINGS
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"study.out={config.out} cannot be made: {error.strerror}") from error
+        write_file(path, json.dumps(shared, indent=1) + "\n", "study.out")
+        return
+    there = read_json(path)
+    for name, value in shared.items():
+        if there.get(name) != value:
+            raise UserError(
+                f"study.out={config.out} holds results of {name}={there.get(name)}, which cannot "
+                f"be compared with {name}={value}: give the same, or another study.out"
+            )
+
+
+def _flat(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Settings within settings by their full names."""
+    flat = {}
+    for key, value in values.items():
+        full = f"{name}.{key}"
+        flat |= _flat(full, value) if isinstance(value, dict) else {full: value}
+    return flat
+
+
 def run_job(config: StudyConfig, job: Job) -> None:
     """Run a job to its end and write its result; a failure is noted in its folder."""
     folder = job.folder(config.out)
@@ -126,6 +164,7 @@ def run_job(config: StudyConfig, job: Job) -> None:
 def sweeps(command: StudyCommand) -> Iterator[str]:
     """For each sweep, the override of its jobs; asked for the next when the one before is done."""
     config = command.study
+    claim_folder(config)
     everything = all_jobs(config)
     for stage in jobs(config):
         for _ in range(_ATTEMPTS):
@@ -265,6 +304,7 @@ def _pruning(config: StudyConfig, job: Job) -> PruneConfig:
         start=0.0,
         end=0.0,
         steps=1,
+        allocation=config.allocation,
         min_width=config.min_width,
         round_to=1,
         max_return_drop=1e9,

@@ -21,7 +21,7 @@ from tdmpc_prune.checkpoint import SavedAgent, load_agent, save_agent
 from tdmpc_prune.components import tag
 from tdmpc_prune.compression import agent_computation
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.pruning.config import PruneConfig
+from tdmpc_prune.pruning.config import ALLOCATIONS, PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
 from tdmpc_prune.pruning.plan import make_plan
 from tdmpc_prune.pruning.rules import UnknownOperation
@@ -266,7 +266,7 @@ def test_width_that_is_not_a_multiple_of_8():
     structure = find_groups(agent_computation(model, copy.deepcopy(model), PRESETS["paper"]))
     importance = torch.rand(sum(structure.widths.values())).double().numpy()
     for sparsity in (0.3, 0.77, 0.95):
-        for allocation in ("global", "uniform"):
+        for allocation in ALLOCATIONS:
             config = PruneConfig(method="random", allocation=allocation)
             plan = make_plan(structure, importance, config, sparsity, structure.parameters())
             for name, width in plan.widths_after.items():

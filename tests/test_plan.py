@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.pruning.config import PruneConfig
+from tdmpc_prune.pruning.config import ALLOCATIONS, PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
-from tdmpc_prune.pruning.plan import Plan, make_plan
+from tdmpc_prune.pruning.plan import Plan, _chunk_cost, make_plan
 from tdmpc_prune.pruning.schedule import Schedule, make_schedule
 from tdmpc_prune.pruning.surgery import commit
 from tests.test_groups import LATENT, small_learner
@@ -41,7 +41,7 @@ def removed_densities(plan, values):
 @given(
     seed=st.integers(0, 999),
     sparsity=st.floats(0.05, 0.8),
-    allocation=st.sampled_from(["global", "uniform"]),
+    allocation=st.sampled_from(ALLOCATIONS),
     round_to=st.sampled_from([1, 2, 4, 8]),
     min_width=st.integers(1, 9),
 )
@@ -73,6 +73,39 @@ def test_global_allocation_cuts_where_it_matters_least():
     uniform = make_plan(STRUCTURE, values, replace(CONFIG, allocation="uniform"), 0.4, DENSE)
     shares = [len(uniform.removed.get(n, [])) / w for n, w in STRUCTURE.widths.items() if w >= 24]
     assert max(shares) - min(shares) < 0.15
+
+
+def test_balanced_allocation_begins_like_global_and_empties_no_group():
+    values, offset = 0.5 + np.random.default_rng(0).random(UNITS), 0
+    for name, width in STRUCTURE.widths.items():
+        values[offset : offset + width] *= 1e-3 if name.startswith("reward") else 1
+        offset += width
+    plans = {
+        (allocation, sparsity): make_plan(
+            STRUCTURE,
+            values,
+            replace(CONFIG, allocation=allocation, round_to=1, min_width=1),
+            sparsity,
+            DENSE,
+        )
+        for allocation in ("global", "balanced")
+        for sparsity in (0.02, 0.8)
+    }
+    for allocation in ("global", "balanced"):
+        assert set(plans[allocation, 0.02].removed) == {"reward.0", "reward.2"}
+    assert plans["global", 0.8].widths_after["reward.0"] == 1
+    after = plans["balanced", 0.8].widths_after
+    assert 2 < after["reward.0"] < min(after["dynamics.0"], after["policy.0"])
+
+
+def test_cost_of_a_chunk_by_hand():
+    """Importance 1, 2, 3, 4: after the first chunk of two, 7 of 10 are left; after all, nothing."""
+    own = np.array([1.0, 2.0, 3.0, 4.0])
+    assert _chunk_cost(own, 0, 2, balanced=False) == 1.5
+    assert _chunk_cost(own, 0, 2, balanced=True) == pytest.approx(1.5 / 0.7)
+    assert _chunk_cost(own, 2, 1, balanced=True) == pytest.approx(3 / 0.4)
+    assert _chunk_cost(own, 3, 1, balanced=True) == np.inf
+    assert _chunk_cost(np.zeros(3), 0, 1, balanced=True) == 0
 
 
 def test_floors_protection_and_budgets():

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from tdmpc_prune import study, study_report
 from tdmpc_prune.config import STUDIES, StudyCommand
+from tdmpc_prune.errors import UserError
 from tdmpc_prune.study_report import Result
 from tests.small import AGENT
 from tests.test_command_line import ROOT, run
@@ -108,6 +109,19 @@ def test_a_job_that_fails_is_tried_twice_and_never_dropped(tmp_path, monkeypatch
         study.conclude(StudyCommand(tiny))
     failures = study.all_jobs(tiny)[1].folder(tiny.out) / "failures.txt"
     assert failures.read_text().count("ValueError: it is broken\n") == 2
+
+
+def test_a_folder_with_results_of_other_settings_is_refused(tmp_path):
+    tiny = config(tmp_path, arms=["dense", "magnitude"])
+    study.claim_folder(tiny)
+    study.claim_folder(replace(tiny, seeds=[1, 2], sparsities=[0.9], arms=["dense"]))
+    with pytest.raises(UserError, match=r"holds results of study.env_steps=40, .*env_steps=50: "):
+        study.claim_folder(replace(tiny, env_steps=50))
+    other = replace(AGENT, planner=replace(AGENT.planner, samples=25))
+    with pytest.raises(UserError, match=r"planner.samples=24.*samples=25: give the same"):
+        next(study.sweeps(StudyCommand(replace(tiny, model=other))))
+    done = run("study.py", *TINY, "study=quick", f"study.out={tiny.out}", cwd=tmp_path)
+    assert done.returncode == 2 and "give the same, or another study.out" in done.stderr
 
 
 def test_a_killed_study_goes_on_where_it_was(tmp_path):

@@ -9,7 +9,7 @@ from tdmpc_prune.settings import require, setting
 GRADIENT_METRICS = ("bayesian", "fisher", "fisher_increase", "gradient", "taylor")
 METRICS = (*GRADIENT_METRICS, "magnitude", "random")
 SHAPES = ("cosine", "linear", "cubic")
-ALLOCATIONS = ("global", "uniform")
+ALLOCATIONS = ("global", "balanced", "uniform")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class PruneConfig:
     steps: int = setting(8, "cuts, evenly spaced after start up to end")
     shape: str = setting("cosine", f"how sparsity grows between them: {', '.join(SHAPES)}")
     allocation: str = setting(
-        "global", "global ranks units of all groups by importance per parameter; uniform cuts alike"
+        "global",
+        "global ranks units of all groups by importance per parameter; balanced also by what is "
+        "left of their group; uniform cuts alike",
     )
     min_width: int = setting(16, "units that every group keeps at least")
     min_widths: dict[str, int] = setting(
@@ -75,8 +77,8 @@ class PruneConfig:
             value = getattr(self, name)
             require(value >= 0, f"prune.{name}={value} cannot be negative")
         require(
-            not self.budgets or self.allocation == "global",
-            "prune.budgets needs prune.allocation=global: uniform cuts every component alike",
+            not self.budgets or self.allocation != "uniform",
+            "prune.budgets needs prune.allocation=global or balanced: uniform cuts all alike",
         )
         for component, value in self.budgets.items():
             require(0 <= value <= 1, f"prune.budgets: {component}={value} must lie in [0, 1]")

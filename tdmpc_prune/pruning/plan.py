@@ -2,13 +2,17 @@
 
 Widths shrink in chunks, so that what is left of a width is a multiple of `round_to`. `global`
 allocation takes, again and again, the chunk with the least importance per parameter, wherever it
-lies; `uniform` takes the same fraction of every group. Both stop at the asked sparsity.
+lies; `balanced` does too, but the importance of a chunk grows as its group shrinks: it is divided
+by the share of the group's importance that would be left, so that no group is emptied for its
+units' small importance in the whole network. `uniform` takes the same fraction of every group. All
+stop at the asked sparsity.
 """
 
 from __future__ import annotations
 
 import heapq
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -166,7 +170,7 @@ def make_plan(
         for name, part in zip(widths, np.split(densities, cuts), strict=True)
     }
     allowed = (1 - sparsity) * sum(dense.values())
-    allocate = _allocate_globally if config.allocation == "global" else _allocate_uniformly
+    allocate = _allocate_uniformly if config.allocation == "uniform" else _allocate_by_cost
     after = allocate(structure, ranked, floors, config, allowed, dense)
     left = sum(structure.parameters(after).values())
     if strict and left > allowed:
@@ -273,8 +277,29 @@ def _narrower(width: int, floor: int, round_to: int) -> int:
     return smaller if smaller >= floor and smaller > 0 else width
 
 
-def _allocate_globally(structure, ranked, floors, config, allowed, dense) -> dict[str, int]:
-    """Cut the chunk with the least mean density, again and again."""
+def _chunk_cost(densities: np.ndarray, gone: int, size: int, balanced: bool) -> float:
+    """What the next chunk of a group costs, per parameter.
+
+    Its mean density; `balanced` divides that by the share of the group's importance that is left
+    after it, as LAMP (Lee et al. 2021) does with squared weights. With i for the importance cut
+    and r for the share left, Σ i / r is about −log r times the group's importance: emptying a group
+    costs infinitely much (ours).
+
+    Args:
+        densities: `[n]` of the group's units, ascending.
+        gone: units that are cut already.
+        size: units of the chunk.
+        balanced: or plain.
+    """
+    mean = densities[gone : gone + size].mean()
+    if not balanced or mean == 0:
+        return float(mean)
+    left = densities[gone + size :].sum() / densities.sum()
+    return float(mean / left) if left > 0 else math.inf
+
+
+def _allocate_by_cost(structure, ranked, floors, config, allowed, dense) -> dict[str, int]:
+    """Cut the chunk that costs least, again and again."""
     widths = dict(structure.widths)
     left = structure.parameters(widths)
     limits = {
@@ -293,8 +318,10 @@ def _allocate_globally(structure, ranked, floors, config, allowed, dense) -> dic
         narrower = _narrower(width, floors[name], config.round_to)
         if narrower < width:
             gone = structure.widths[name] - width
-            chunk = ranked[name][1][gone : gone + width - narrower]
-            heapq.heappush(heap, (float(chunk.mean()), name, narrower))
+            cost = _chunk_cost(
+                ranked[name][1], gone, width - narrower, config.allocation == "balanced"
+            )
+            heapq.heappush(heap, (cost, name, narrower))
 
     for name in widths:
         offer(name)
