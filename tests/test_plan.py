@@ -40,7 +40,7 @@ def removed_densities(plan, values):
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 999),
-    sparsity=st.floats(0.05, 0.8),
+    sparsity=st.floats(0.05, 0.75),  # what the highest floors allow
     allocation=st.sampled_from(ALLOCATIONS),
     round_to=st.sampled_from([1, 2, 4, 8]),
     min_width=st.integers(1, 9),
@@ -75,10 +75,10 @@ def test_global_allocation_cuts_where_it_matters_least():
     assert max(shares) - min(shares) < 0.15
 
 
-def test_balanced_allocation_begins_like_global_and_empties_no_group():
+def test_balanced_allocation_begins_like_global_and_empties_a_group_last():
     values, offset = 0.5 + np.random.default_rng(0).random(UNITS), 0
     for name, width in STRUCTURE.widths.items():
-        values[offset : offset + width] *= 1e-3 if name.startswith("reward") else 1
+        values[offset : offset + width] *= 0.1 if name.startswith("reward") else 1
         offset += width
     plans = {
         (allocation, sparsity): make_plan(
