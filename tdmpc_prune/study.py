@@ -266,7 +266,8 @@ def _trainer(config: StudyConfig, job: Job, start: str) -> Trainer:
         return _begun_or_resumed(settings)
     settings = replace(settings, prune=PruneConfig())
     if job.arm == SMALL:
-        settings = replace(settings, start_from=None)
+        rarely = max(config.eval_every, config.start_env_steps // 5)
+        settings = replace(settings, start_from=None, eval_every=rarely)
     if job.arm == DENSE or _has_checkpoint(settings):
         return _begun_or_resumed(settings)
     widths = prune_checkpoint.widths_after(pruning)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import mannwhitneyu, trim_mean
+from scipy.stats import trim_mean
 from tabulate import tabulate
 
 from tdmpc_prune.config import ARMS, DENSE, SMALL
@@ -25,7 +26,6 @@ from tdmpc_prune.errors import UserError
 from tdmpc_prune.files import png
 
 _RESAMPLES = 2000
-_REFERENCES = ("magnitude", SMALL)  # that the others are to improve on
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,21 @@ class Result:
     env_steps: int
     seconds: float
 
-    @property
-    def score(self) -> float:
-        """What is left of the dense agent's return at the end of the budget."""
-        return self.end / self.before
+
+_READINGS: dict[str, Callable[[Result], float]] = {  # of a cut; more is better
+    "right after": lambda r: r.after / r.before,
+    "recovery": lambda r: -math.inf if r.recovery is None else -r.recovery,
+    "end": lambda r: r.end / r.before,
+}
+_COMPARED = (  # reading, and the arm to improve on
+    ("right after", None),
+    ("right after", "magnitude"),
+    ("recovery", None),
+    ("recovery", "magnitude"),
+    ("end", None),
+    ("end", "magnitude"),
+    ("end", SMALL),
+)
 
 
 def of_job(result: dict[str, Any]) -> Result:
@@ -109,53 +120,65 @@ def of_csv(path: Path) -> list[Result]:
 # --- Statistics ------------------------------------------------------------------------------
 
 
-def interquartile_mean(values: np.ndarray) -> float:
-    """Mean of the middle half."""
-    return float(trim_mean(values, 0.25, axis=None))
+def interquartile_mean(values: np.ndarray) -> np.ndarray:
+    """Mean of the middle half, `[..., N]` → `[...]`."""
+    return trim_mean(values, 0.25, axis=-1)
 
 
 def interval(
-    strata: list[np.ndarray], statistic: Callable[[list[np.ndarray]], float]
+    strata: list[np.ndarray], statistic: Callable[[list[np.ndarray]], np.ndarray]
 ) -> tuple[float, float, float]:
-    """A statistic of some samples, and its 95 % percentile interval; each is resampled alone."""
+    """A statistic, and its 95 % bootstrap percentile interval; each stratum is resampled alone.
+
+    Args:
+        strata: samples, `[n]` each.
+        statistic: `[R, n]` of each stratum → `[R]`.
+    """
     rng = np.random.default_rng(0)
-    found = [
-        statistic([rng.choice(stratum, len(stratum)) for stratum in strata])
-        for _ in range(_RESAMPLES)
-    ]
-    low, high = np.percentile(found, [2.5, 97.5])
-    return statistic(strata), float(low), float(high)
+    drawn = [s[rng.integers(len(s), size=(_RESAMPLES, len(s)))] for s in strata]
+    low, high = np.percentile(statistic(drawn), [2.5, 97.5])
+    return statistic([s[None] for s in strata]).item(), float(low), float(high)
 
 
 def iqm_interval(strata: list[np.ndarray]) -> tuple[float, float, float]:
     """Interquartile mean of all strata together, and its interval."""
-    return interval(strata, lambda samples: interquartile_mean(np.concatenate(samples)))
-
-
-def probability_of_improvement(one: list[np.ndarray], other: list[np.ndarray]) -> float:
-    """That a run of one arm is better than one of the other; mean over the strata."""
-    chances = [
-        mannwhitneyu(a, b).statistic / (len(a) * len(b)) for a, b in zip(one, other, strict=True)
-    ]
-    return float(np.mean(chances))
+    return interval(strata, lambda samples: interquartile_mean(np.concatenate(samples, axis=-1)))
 
 
 def improvement_interval(
     one: list[np.ndarray], other: list[np.ndarray]
 ) -> tuple[float, float, float]:
+    """Probability that a run of one arm is better than one of the other, and its interval.
+
+    The mean over the strata; equal ones count half.
+    """
     count = len(one)
-    return interval([*one, *other], lambda s: probability_of_improvement(s[:count], s[count:]))
+
+    def probability(samples: list[np.ndarray]) -> np.ndarray:
+        pairs = [
+            (a[..., :, None], b[..., None, :])
+            for a, b in zip(samples[:count], samples[count:], strict=True)
+        ]
+        return np.mean([((a > b) + (a == b) / 2).mean((-1, -2)) for a, b in pairs], axis=0)
+
+    return interval([*one, *other], probability)
 
 
 # --- Tables ----------------------------------------------------------------------------------
 
 
 def tables(results: list[Result]) -> str:
-    """Cells (task, sparsity, arm), arms over all cells, and what was run, as Markdown."""
+    """Of each task: every cell (sparsity, arm), and the arms over all sparsities; as Markdown.
+
+    With several tasks also the arms over all of them.
+    """
     parts = []
-    for task in dict.fromkeys(r.task for r in results):
-        parts.append(f"**{task}**\n\n{_cells([r for r in results if r.task == task])}")
-    parts.append(f"**All cells that every arm has**\n\n{_overall(results)}")
+    tasks = list(dict.fromkeys(r.task for r in results))
+    for task in tasks:
+        own = [r for r in results if r.task == task]
+        parts += [f"**{task}**", _cells(own), f"**{task}, all sparsities**", _overall(own)]
+    if len(tasks) > 1:
+        parts += ["**All tasks, the arms that have every cell**", _overall(results)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -163,10 +186,6 @@ def _cells(results: list[Result]) -> str:
     rows = []
     for asked, arm in _order(results):
         own = [r for r in results if (r.asked, r.arm) == (asked, arm)]
-        recovered = [r.recovery for r in own if r.recovery is not None]
-        recovery = f"{len(recovered)} of {len(own)}"
-        if recovered:
-            recovery += f", {np.median(recovered):,.0f}"
         after = [r.after for r in own if r.after is not None]
         rows.append(
             (
@@ -175,14 +194,21 @@ def _cells(results: list[Result]) -> str:
                 len(own),
                 f"{np.mean([r.parameters for r in own]):,.0f}",
                 f"{np.mean([r.macs for r in own]) / 1e6:.1f}",
+                f"{np.median([r.decision_ms for r in own]):.1f}",
                 _shown(iqm_interval([np.array(after)]), ".0f") if after else "",
-                recovery,
+                _recovered(own),
                 _shown(iqm_interval([np.array([r.end for r in own])]), ".0f"),
             )
         )
-    names = ["sparsity", "arm", "seeds", "parameters", "million MACs", "return right after"]
-    names += ["back at 95 %, median env steps", "return at the end"]
+    names = ["sparsity", "arm", "seeds", "parameters", "million MACs", "ms per decision"]
+    names += ["return right after", "back at 95 %, median env steps", "return at the end"]
     return tabulate(rows, names, "pipe", disable_numparse=True)
+
+
+def _recovered(results: list[Result]) -> str:
+    steps = [r.recovery for r in results if r.recovery is not None]
+    median = f", {np.median(steps):,.0f}" if steps else ""
+    return f"{len(steps)} of {len(results)}{median}"
 
 
 def _order(results: list[Result]) -> list[tuple[float | None, str]]:
@@ -190,29 +216,45 @@ def _order(results: list[Result]) -> list[tuple[float | None, str]]:
     return sorted(known, key=lambda cell: (cell[0] or 0.0, ARMS.index(cell[1])))
 
 
-def _strata(results: list[Result]) -> dict[str, list[np.ndarray]]:
-    """Arm → scores of each cell (task, sparsity), of the cells that every pruned arm has."""
-    cells: dict[str, dict[tuple, list[float]]] = defaultdict(lambda: defaultdict(list))
+def _strata(results: list[Result]) -> dict[str, list[list[Result]]]:
+    """Arm → its runs by cell (task, sparsity), of the pruned arms that have every cell."""
+    cells: dict[tuple, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
     for r in results:
         if r.asked is not None:
-            cells[r.arm][r.task, r.asked].append(r.score)
-    common = set.intersection(*(set(own) for own in cells.values())) if cells else set()
+            cells[r.task, r.asked][r.arm].append(r)
     return {
-        arm: [np.array(cells[arm][cell]) for cell in sorted(common)] for arm in ARMS if arm in cells
+        arm: [cells[cell][arm] for cell in sorted(cells)]
+        for arm in ARMS
+        if cells and all(arm in own for own in cells.values())
     }
 
 
 def _overall(results: list[Result]) -> str:
     strata = _strata(results)
+    read = {
+        (reading, arm): [np.array([value(r) for r in cell]) for cell in own]
+        for reading, value in _READINGS.items()
+        for arm, own in strata.items()
+        if reading == "end" or arm != SMALL  # which has nothing to recover from
+    }
     rows = []
     for arm, own in strata.items():
-        row = [arm, sum(map(len, own)), _shown(iqm_interval(own), ".3f")]
-        for reference in _REFERENCES:
-            known = reference in strata and arm != reference
-            row.append(_shown(improvement_interval(own, strata[reference]), ".2f") if known else "")
+        runs = [r for cell in own for r in cell]
+        row = [arm, len(runs)]
+        for reading, reference in _COMPARED:
+            mine, theirs = read.get((reading, arm)), read.get((reading, reference))
+            if reference is None and reading == "recovery":
+                row.append(_recovered(runs))
+            elif reference is None:
+                row.append(_shown(iqm_interval(mine), ".2f") if mine else "")
+            else:
+                known = mine and theirs and arm != reference
+                row.append(_shown(improvement_interval(mine, theirs), ".2f") if known else "")
         rows.append(row)
-    names = ["arm", "runs", "of the dense return, IQM [95 %]"]
-    names += [f"P(better than {reference})" for reference in _REFERENCES]
+    names = ["arm", "runs", "right after, of the dense return", "P(more than magnitude)"]
+    names += ["back at 95 %, median env steps", "P(sooner than magnitude)"]
+    names += ["at the end, of the dense return", "P(more than magnitude)"]
+    names += [f"P(more than {SMALL})"]
     return tabulate(rows, names, "pipe", disable_numparse=True)
 
 
@@ -280,19 +322,30 @@ def _draw_readings(axis, own: list[Result], read, arm: str, colour: str) -> None
 
 
 def _profiles(results: list[Result]) -> Figure:
-    """Share of runs whose score exceeds tau, over the cells that every arm has."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axis = figure.subplots()
-    colours = _colours(results)
-    taus = np.linspace(0, 1.1, 111)
-    for arm, strata in _strata(results).items():
-        scores = np.concatenate(strata) if strata else np.array([])
-        if len(scores):
-            axis.plot(taus, [(scores > tau).mean() for tau in taus], color=colours[arm], label=arm)
-    axis.set_xlabel("tau: fraction of the dense return at the end of the budget")
-    axis.set_ylabel("share of runs above tau")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    """Share of runs that keep more than tau of the dense return, over all sparsities of a task."""
+    tasks = list(dict.fromkeys(r.task for r in results))
+    readings = {"right after": "right after the cut", "end": "at the end of the budget"}
+    figure = Figure(figsize=(11, 1 + 3.4 * len(tasks)), layout="constrained")
+    rows = figure.subplots(len(tasks), len(readings), squeeze=False, sharex=True, sharey=True)
+    colours, taus = _colours(results), np.linspace(0, 1.2, 121)
+    for row, task in zip(rows, tasks, strict=True):
+        strata = _strata([r for r in results if r.task == task])
+        for axis, (reading, name) in zip(row, readings.items(), strict=True):
+            for arm, cells in strata.items():
+                runs = [
+                    r for cell in cells for r in cell if r.after is not None or reading == "end"
+                ]
+                kept = np.array([_READINGS[reading](r) for r in runs])
+                if len(kept):
+                    shares = [(kept > tau).mean() for tau in taus]
+                    axis.plot(taus, shares, color=colours[arm], label=arm)
+            axis.set_title(f"{task}: {name}", fontsize=9)
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel("share of runs above tau")
+    for axis in rows[-1]:
+        axis.set_xlabel("tau, fraction of the dense return")
+    handles, labels = rows[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
 
