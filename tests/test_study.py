@@ -192,11 +192,14 @@ def result(arm, seed, end, asked=0.5, task="t", **changes):
 
 def test_statistics_with_known_answers():
     assert study_report.interquartile_mean(np.array([-1000.0, 1, 2, 3, 4, 5, 6, 9000])) == 3.5
-    worse, better = [np.array([1.0, 2, 3])], [np.array([4.0, 5, 6])]
-    assert study_report.probability_of_improvement(better, worse) == 1.0
-    assert study_report.probability_of_improvement(worse, better) == 0.0
-    same = [np.array([1.0, 1.0]), np.array([2.0, 3.0])]
-    assert study_report.probability_of_improvement(same, same) == 0.5  # ties count half
+    improvement = study_report.improvement_interval
+    worse, better = [np.array([1.0, 2, 3])], [np.array([4.0, 5, np.inf])]
+    assert improvement(better, worse) == (1.0, 1.0, 1.0)
+    assert improvement(worse, better) == (0.0, 0.0, 0.0)
+    same = [np.array([1.0, 1.0]), np.array([-np.inf, -np.inf])]
+    assert improvement(same, same) == (0.5, 0.5, 0.5)  # equal ones count half
+    one, other = [np.array([1.0, 4.0]), np.array([1.0])], [np.array([2.0, 3.0]), np.array([0.0])]
+    assert improvement(one, other)[0] == 0.75  # mean of 1/2 and 1
 
 
 @settings(max_examples=20, deadline=None)
@@ -225,14 +228,23 @@ def test_tables_are_of_the_csv_and_no_run_is_left_out(tmp_path):
         "3",
         "10",
         "0.0",
+        "1.0",
         "40 [40, 40]",
         "3 of 3, 200",
         "52 [51, 53]",
     ] in cells
     assert sum(int(row[2]) for row in cells if row[0] in ("", "0.5", "0.9")) == len(results)
-    overall = [row for row in cells if row[0] == "bayesian"]
-    # 0.9 is no cell of magnitude's, so only 0.5 counts there.
-    assert overall == [["bayesian", "3", "0.820 [0.810, 0.830]", "1.00 [1.00, 1.00]", ""]]
+    # Only bayesian has all cells, so that nothing is compared; its one run at 0.9 is always cut off.
+    assert [row for row in cells if row[0] in ("magnitude", "bayesian")] == [
+        ["bayesian", "4", "0.40 [0.40, 0.40]", "", "1 of 4, 200", "", "0.81 [0.81, 0.83]", "", ""]
+    ]
+    both = [r for r in results if r.asked != 0.9]
+    text = study_report.tables(both)
+    cells = [[c.strip() for c in row.split("|")[1:-1]] for row in text.splitlines() if "|" in row]
+    assert [row for row in cells if row[0] == "bayesian"] == [
+        ["bayesian", "3", "0.40 [0.40, 0.40]", "0.50 [0.50, 0.50]", "0 of 3"]
+        + ["0.00 [0.00, 0.00]", "0.82 [0.81, 0.83]", "1.00 [1.00, 1.00]", ""]
+    ]
     pictures = study_report.pictures(results)
     assert all(image.startswith(b"\x89PNG") for image in pictures.values())
 
