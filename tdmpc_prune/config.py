@@ -510,10 +510,14 @@ STUDIES = {
 
 @dataclass(frozen=True)
 class StudyCommand:
-    """The whole study, or one of its jobs."""
+    """The whole study, or one of its jobs, or the report of one that was run."""
 
     study: StudyConfig = setting(StudyConfig, "what is compared: quick, or full")
     job: int | None = setting(None, "number of the one job to run; null runs all, and reports")
+    report: str | None = setting(
+        None,
+        "results.csv of a study: nothing is run, its tables and pictures are made again beside it",
+    )
 
 
 def check_machine(device: str, threads: int) -> None:

@@ -163,6 +163,8 @@ def run_job(config: StudyConfig, job: Job) -> None:
 
 def sweeps(command: StudyCommand) -> Iterator[str]:
     """For each sweep, the override of its jobs; asked for the next when the one before is done."""
+    if command.report:
+        return
     config = command.study
     claim_folder(config)
     everything = all_jobs(config)
@@ -178,25 +180,39 @@ def conclude(command: StudyCommand) -> None:
     """Write table, pictures and CSV of what there is, and say what failed.
 
     Raises:
+        UserError: there is no such CSV to report.
         RunError: jobs failed twice, or nothing was done.
     """
-    config, out = command.study, Path(command.study.out)
+    if command.report:
+        _report(study_report.of_csv(Path(command.report)), Path(command.report))
+        return
+    config, path = command.study, Path(command.study.out) / "results.csv"
     arms = jobs(config)[1]
     finished = [job for job in arms if done(config, job)]
-    results = [study_report.of_job(read_json(job.folder(out) / _RESULT)) for job in finished]
+    results = [study_report.of_job(read_json(job.folder(config.out) / _RESULT)) for job in finished]
     if results:
-        tables = study_report.tables(results)
-        print(tables)
-        write_file(out / "results.csv", study_report.as_csv(results), "study.out")
-        write_file(out / "results.md", tables, "study.out")
-        for name, image in study_report.pictures(results).items():
-            write_file(out / f"{name}.png", image, "study.out")
-        print(f"{len(finished)} of {len(arms)} runs; written to {out}/results.csv, .md and .png")
+        write_file(path, study_report.as_csv(results), "study.out")
+        _report(results, path)
+    print(f"{len(finished)} of {len(arms)} runs are done")
     failed = [job for job in all_jobs(config) if not done(config, job)]
     if failed:
-        names = "; ".join(f"'{job}' ({job.folder(out) / _FAILURES})" for job in failed[:_NAMED])
+        files = [(job, job.folder(config.out) / _FAILURES) for job in failed[:_NAMED]]
+        names = "; ".join(f"'{job}' ({file})" for job, file in files)
         more = f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
-        raise RunError(f"{len(failed)} jobs have no result: {names}{more}")
+        raise RunError(
+            f"{len(failed)} jobs have no result: {names}{more}; those that failed twice are tried "
+            f"again when {_FAILURES} is deleted"
+        )
+
+
+def _report(results: list[study_report.Result], path: Path) -> None:
+    """Tables and pictures, printed and written beside their CSV."""
+    tables = study_report.tables(results)
+    print(tables)
+    write_file(path.with_suffix(".md"), tables, "study.out")
+    for name, image in study_report.pictures(results).items():
+        write_file(path.with_name(f"{path.stem}-{name}.png"), image, "study.out")
+    print(f"written beside {path}: tables (.md) and pictures (.png)")
 
 
 # --- What a job does -------------------------------------------------------------------------

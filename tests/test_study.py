@@ -153,13 +153,30 @@ def test_launchers(tmp_path, launcher):
     done = run("study.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"results.csv", "results.md", "sparsity.png", "profile.png", "cost.png"} <= names
+    written = {"results.csv", "results.md"}
+    written |= {f"results-{name}.png" for name in ("sparsity", "profile", "cost")}
+    assert written <= names
     results = study_report.of_csv(tmp_path / "out" / "results.csv")
     assert [(r.arm, r.asked, r.seed) for r in results] == [
         ("random", 0.5, 1),
         ("magnitude", 0.5, 1),
     ]
     assert study_report.tables(results) == (tmp_path / "out" / "results.md").read_text()
+
+
+def test_a_csv_is_reported_again_without_any_run(tmp_path):
+    results = [
+        result("dense", 1, 99.0, asked=None, after=None, recovery=0),
+        result("random", 1, 9.0),
+    ]
+    (tmp_path / "r.csv").write_text(study_report.as_csv(results))
+    done = run("study.py", "report=r.csv", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert study_report.tables(results) in done.stdout
+    names = {"r.csv", "r.md", "r-sparsity.png", "r-profile.png", "r-cost.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    done = run("study.py", "report=nowhere.csv", cwd=tmp_path)
+    assert done.returncode == 2 and "'nowhere.csv' is no table of a study" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -234,7 +251,7 @@ def test_tables_are_of_the_csv_and_no_run_is_left_out(tmp_path):
         "52 [51, 53]",
     ] in cells
     assert sum(int(row[2]) for row in cells if row[0] in ("", "0.5", "0.9")) == len(results)
-    # Only bayesian has all cells, so that nothing is compared; its one run at 0.9 is always cut off.
+    # Only bayesian has all cells: nothing is compared. Its worst run is cut off.
     assert [row for row in cells if row[0] in ("magnitude", "bayesian")] == [
         ["bayesian", "4", "0.40 [0.40, 0.40]", "", "1 of 4, 200", "", "0.81 [0.81, 0.83]", "", ""]
     ]
@@ -242,8 +259,17 @@ def test_tables_are_of_the_csv_and_no_run_is_left_out(tmp_path):
     text = study_report.tables(both)
     cells = [[c.strip() for c in row.split("|")[1:-1]] for row in text.splitlines() if "|" in row]
     assert [row for row in cells if row[0] == "bayesian"] == [
-        ["bayesian", "3", "0.40 [0.40, 0.40]", "0.50 [0.50, 0.50]", "0 of 3"]
-        + ["0.00 [0.00, 0.00]", "0.82 [0.81, 0.83]", "1.00 [1.00, 1.00]", ""]
+        [
+            "bayesian",
+            "3",
+            "0.40 [0.40, 0.40]",
+            "0.50 [0.50, 0.50]",
+            "0 of 3",
+            "0.00 [0.00, 0.00]",
+            "0.82 [0.81, 0.83]",
+            "1.00 [1.00, 1.00]",
+            "",
+        ]
     ]
     pictures = study_report.pictures(results)
     assert all(image.startswith(b"\x89PNG") for image in pictures.values())
