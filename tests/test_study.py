@@ -258,19 +258,9 @@ def test_tables_are_of_the_csv_and_no_run_is_left_out(tmp_path):
     both = [r for r in results if r.asked != 0.9]
     text = study_report.tables(both)
     cells = [[c.strip() for c in row.split("|")[1:-1]] for row in text.splitlines() if "|" in row]
-    assert [row for row in cells if row[0] == "bayesian"] == [
-        [
-            "bayesian",
-            "3",
-            "0.40 [0.40, 0.40]",
-            "0.50 [0.50, 0.50]",
-            "0 of 3",
-            "0.00 [0.00, 0.00]",
-            "0.82 [0.81, 0.83]",
-            "1.00 [1.00, 1.00]",
-            "",
-        ]
-    ]
+    (found,) = [row for row in cells if row[0] == "bayesian"]
+    assert found[:5] == ["bayesian", "3", "0.40 [0.40, 0.40]", "0.50 [0.50, 0.50]", "0 of 3"]
+    assert found[5:] == ["0.00 [0.00, 0.00]", "0.82 [0.81, 0.83]", "1.00 [1.00, 1.00]", ""]
     pictures = study_report.pictures(results)
     assert all(image.startswith(b"\x89PNG") for image in pictures.values())
 
