@@ -516,6 +516,10 @@ class Trainer:
             self.replay.load_state(arrays)
             for name in ("env_steps", "decisions", "episodes", "updates_due"):
                 setattr(progress, name, training["progress"][name])
+            changes = training["pruning"]["stage"]["changes"] if "pruning" in training else 0
+            if training.get("evaluated") == [training["updates"], changes]:
+                self.last_evaluation = Evaluation(**training["evaluation"])
+                self._evaluated = [training["updates"], 0]
         else:
             self.take_learner(agent.model, {}, agent.provenance["updates"])
             progress.env_steps = agent.provenance["env_steps"]
@@ -529,6 +533,7 @@ class Trainer:
         agent = self.config.model
         self.learner = Learner(model.to(self.device), agent.planner, agent.learning)
         self.learner.updates = updates
+        self._evaluated = None
         if state:
             self.learner.load_state(state, updates)
 
