@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -306,6 +307,19 @@ def test_a_finished_agent_is_pruned_and_recovers(dense, tmp_path):
     assert [cut["env_steps"] for cut in cuts] == [240, 260, 280]
     assert trainer.progress.env_steps == 320
     assert load_agent(tmp_path / "run").provenance["pruning"]["sparsity"] >= 0.7
+
+
+def test_the_checkpoints_evaluation_is_not_played_again(dense, tmp_path, monkeypatch):
+    config = small_config(tmp_path / "run", start_from=str(dense), env_steps=320)
+    trainer = runs.start(config, [])
+    trainer.log = SimpleNamespace(progress=lambda **_: None)
+    saved = load_training(checkpoint_dir(dense))[0]["evaluation"]["returns"]
+    played = trainer.evaluation
+    monkeypatch.setattr("tdmpc_prune.training.evaluate", lambda *_, **__: None)
+    assert played(2).returns == saved
+    assert played(3) is None  # more episodes than there are on file
+    trainer.take_learner(trainer.model, {}, 0)
+    assert played(2) is None  # nothing is known of another learner
 
 
 def test_one_cut_without_recovery_changes_no_weight_that_stays(dense, tmp_path):
