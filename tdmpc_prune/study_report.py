@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy.stats import trim_mean
 from tabulate import tabulate
 
@@ -281,7 +282,7 @@ def _colours(results: list[Result]) -> dict[str, str]:
 
 
 def _against_sparsity(results: list[Result]) -> Figure:
-    """The three readings against sparsity, a row for each task."""
+    """The three readings against sparsity, a row for each task: interquartile means, and runs."""
     tasks = list(dict.fromkeys(r.task for r in results))
     readings = {
         "return right after the cut": lambda r: r.after,
@@ -292,10 +293,17 @@ def _against_sparsity(results: list[Result]) -> Figure:
     rows = figure.subplots(len(tasks), len(readings), squeeze=False)
     colours = _colours(results)
     for row, task in zip(rows, tasks, strict=True):
+        asked = sorted({r.asked for r in results if r.task == task and r.asked is not None})
         for axis, (name, read) in zip(row, readings.items(), strict=True):
-            for arm, colour in colours.items():
-                own = [r for r in results if (r.task, r.arm) == (task, arm)]
-                _draw_readings(axis, own, read, arm, colour)
+            for i, (arm, colour) in enumerate(colours.items()):
+                points = defaultdict(list)
+                for r in results:
+                    if (r.task, r.arm) == (task, arm) and read(r) is not None:
+                        points[r.asked].append(read(r))
+                shift = 0.6 * (i / len(colours) - 0.5)  # else equal ones hide each other
+                places = {sparsity: place + shift for place, sparsity in enumerate(asked)}
+                _draw_readings(axis, points, places, arm, colour)
+            axis.set_xticks(range(len(asked)), [f"{sparsity:g}" for sparsity in asked])
             axis.set_title(f"{task}: {name}", fontsize=9)
             axis.set_xlabel("sparsity")
             axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
@@ -305,20 +313,18 @@ def _against_sparsity(results: list[Result]) -> Figure:
     return figure
 
 
-def _draw_readings(axis, own: list[Result], read, arm: str, colour: str) -> None:
-    points = defaultdict(list)
-    for r in own:
-        if read(r) is not None:
-            points[r.asked].append(read(r))
-    if arm == DENSE and points:
-        level = interquartile_mean(np.array(points[None]))
-        axis.axhline(level, color=colour, linestyle=":", label=arm)
+def _draw_readings(axis, points: dict, places: dict, arm: str, colour: str) -> None:
+    """One arm: sparsity → values, and sparsity → x."""
+    if arm == DENSE:
+        if points:
+            level = interquartile_mean(np.array(points[None]))
+            axis.axhline(level, color=colour, linestyle=":", label=arm)
         return
-    x = sorted(points)
-    middle = [interquartile_mean(np.array(points[at])) for at in x]
-    axis.plot(x, middle, "o-", color=colour, markersize=3, label=arm)
-    for at in x:
-        axis.plot([at] * len(points[at]), points[at], ".", color=colour, alpha=0.3, markersize=3)
+    x = [places[sparsity] for sparsity in sorted(points)]
+    values = [np.array(points[sparsity]) for sparsity in sorted(points)]
+    axis.plot(x, [interquartile_mean(v) for v in values], "o-", color=colour, ms=5, label=arm)
+    for at, own_values in zip(x, values, strict=True):
+        axis.plot([at] * len(own_values), own_values, ".", color=colour, alpha=0.4, ms=4)
 
 
 def _profiles(results: list[Result]) -> Figure:
@@ -354,7 +360,7 @@ def _against_cost(results: list[Result]) -> Figure:
     tasks = list(dict.fromkeys(r.task for r in results))
     costs = {
         "parameters": lambda r: r.parameters,
-        "planning MACs": lambda r: r.macs,
+        "million planning MACs": lambda r: r.macs / 1e6,
         "ms per decision": lambda r: r.decision_ms,
     }
     figure = Figure(figsize=(14, 1 + 3.6 * len(tasks)), layout="constrained")
@@ -367,6 +373,9 @@ def _against_cost(results: list[Result]) -> Figure:
                 x, y = [cost(r) for r in own], [r.end for r in own]
                 axis.plot(x, y, "o", color=colour, markersize=4, alpha=0.6, label=arm)
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_xlabel(name)
             axis.grid(alpha=0.3)
         row[0].set_ylabel(f"{task}: return at the end")
