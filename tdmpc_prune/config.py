@@ -461,9 +461,7 @@ class StudyConfig:
     seeds: list[int] = setting(lambda: [1, 2, 3, 4, 5], "each with a dense agent of its own")
     start_env_steps: int = setting(25_000, "training of the dense agents before the cut")
     env_steps: int = setting(6_000, "training after it; small ones from scratch get both")
-    eval_every: int = setting(
-        1_000, "env steps between evaluations after the cut; small ones from scratch have fewer"
-    )
+    eval_every: int = setting(1_000, "env steps between evaluations after the cut")
     episodes: int = setting(5, "per evaluation")
     allocation: str = setting("balanced", f"of the cuts: {', '.join(ALLOCATIONS)}")
     min_width: int = setting(2, "units that every group keeps at least")

@@ -282,8 +282,8 @@ def _trainer(config: StudyConfig, job: Job, start: str) -> Trainer:
         return _begun_or_resumed(settings)
     settings = replace(settings, prune=PruneConfig())
     if job.arm == SMALL:
-        rarely = max(config.eval_every, config.start_env_steps // 5)
-        settings = replace(settings, start_from=None, eval_every=rarely)
+        settings = replace(settings, start_from=None, eval_every=config.start_env_steps)
+        pruning = replace(pruning, prune=replace(pruning.prune, allocation="uniform"))
     if job.arm == DENSE or _has_checkpoint(settings):
         return _begun_or_resumed(settings)
     widths = prune_checkpoint.widths_after(pruning)
@@ -336,8 +336,10 @@ def _coefficients(config: StudyConfig, job: Job, start: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "coefficients.json"
     if not path.is_file():
-        prune = replace(_pruning(config, job), min_width=max(2, config.min_width))
-        search = CoefficientsConfig(start, sparsity=job.sparsity, prune=prune, seed=job.seed)
+        prune = _pruning(config, job)
+        search = CoefficientsConfig(
+            start, sparsity=job.sparsity, largest=1.0, prune=prune, seed=job.seed
+        )
         subject = load_subject(start, prune, config.episodes, job.seed)
         optimize_coefficients.find(search, subject)[0].save(path)
     return str(path)
