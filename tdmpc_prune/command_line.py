@@ -85,7 +85,7 @@ def run_sweeps(
             sys.argv = [sys.argv[0], "--multirun", *arguments, override]
             run_command(name, function)
         conclude(settings)
-    except (UserError, RunError, HydraException, OmegaConfBaseException) as error:
+    except (UserError, TaskError, RunError, HydraException, OmegaConfBaseException) as error:
         _exit(error, schema)
 
 

@@ -442,6 +442,12 @@ class BenchmarkConfig:
         check_machine(self.device, self.threads)
 
 
+def check_machine(device: str, threads: int) -> None:
+    """Refuse a device or thread count that cannot be."""
+    require(device in ("auto", "cpu", "cuda"), f"device={device} must be auto, cpu or cuda")
+    require(threads >= 1, f"threads={threads} must be at least 1")
+
+
 DENSE, SMALL, REINITIALISED = "dense", "small from scratch", "re-initialised"
 COEFFICIENTS = "coefficients"
 ARMS = (DENSE, SMALL, REINITIALISED, *METRICS, COEFFICIENTS)
@@ -472,6 +478,9 @@ class StudyConfig:
     def __post_init__(self):
         for arm in self.arms:
             require(arm in ARMS, f"study.arms: '{arm}' must be one of {', '.join(ARMS)}")
+        check_machine(self.device, threads=1)
+        for seed in self.seeds:
+            require(seed >= 0, f"study.seeds: {seed} cannot be negative")
         for name in ("tasks", "arms", "sparsities", "seeds"):
             values = getattr(self, name)
             require(len(values) > 0, f"study.{name} is empty")
@@ -516,12 +525,6 @@ class StudyCommand:
         None,
         "results.csv of a study: nothing is run, its tables and pictures are made again beside it",
     )
-
-
-def check_machine(device: str, threads: int) -> None:
-    """Refuse a device or thread count that cannot be."""
-    require(device in ("auto", "cpu", "cuda"), f"device={device} must be auto, cpu or cuda")
-    require(threads >= 1, f"threads={threads} must be at least 1")
 
 
 COMMANDS = {

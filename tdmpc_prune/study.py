@@ -21,10 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from envs import make_env
 from tdmpc_prune import optimize_coefficients, prune_checkpoint, runs, study_report
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.checkpoint import read_json, write_json
+from tdmpc_prune.checkpoint import load_agent, read_json, write_json
 from tdmpc_prune.config import (
+    ARMS,
     COEFFICIENTS,
     DENSE,
     REINITIALISED,
@@ -34,9 +36,10 @@ from tdmpc_prune.config import (
     StudyCommand,
     StudyConfig,
     TrainConfig,
+    by_dotted_name,
 )
 from tdmpc_prune.errors import RunError, UserError
-from tdmpc_prune.evaluation import agent_size, evaluate, median_decision_milliseconds
+from tdmpc_prune.evaluation import agent_size, decision_milliseconds, evaluate
 from tdmpc_prune.files import write_file
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.run_log import read_history
@@ -51,6 +54,8 @@ _MAY_DIFFER = {  # among the results of one folder
     f"study.{name}" for name in ("tasks", "arms", "sparsities", "seeds", "device", "out")
 }
 _ATTEMPTS = 2
+_FAILED = "the job failed:"  # the line above every traceback
+_TIMED = 11  # decisions of each agent, the agents in turn
 _NAMED = 5  # failed jobs that are named
 _BACK = 0.95  # of the dense return: recovered
 
@@ -74,6 +79,11 @@ class Job:
         sparsity = "" if self.sparsity is None else f" at {self.sparsity:g}"
         return f"{self.task}, {self.arm}{sparsity}, seed {self.seed}"
 
+    @property
+    def start(self) -> Job:
+        """The dense agent that it begins with."""
+        return replace(self, arm=START, sparsity=None)
+
 
 def jobs(config: StudyConfig) -> list[list[Job]]:
     """All jobs, in two stages: the second needs the first."""
@@ -91,8 +101,14 @@ def all_jobs(config: StudyConfig) -> list[Job]:
 
 
 def pending(config: StudyConfig, stage: list[Job]) -> list[Job]:
-    """Jobs of a stage that are neither done nor given up."""
-    return [job for job in stage if not done(config, job) and attempts(config, job) < _ATTEMPTS]
+    """Jobs of a stage that can be run, and are neither done nor given up."""
+    return [
+        job
+        for job in stage
+        if not done(config, job)
+        and attempts(config, job) < _ATTEMPTS
+        and (job.arm == START or done(config, job.start))
+    ]
 
 
 def done(config: StudyConfig, job: Job) -> bool:
@@ -102,7 +118,7 @@ def done(config: StudyConfig, job: Job) -> bool:
 def attempts(config: StudyConfig, job: Job) -> int:
     """How often a job has failed."""
     path = job.folder(config.out) / _FAILURES
-    return path.read_text().count("Traceback") if path.is_file() else 0
+    return path.read_text().splitlines().count(_FAILED) if path.is_file() else 0
 
 
 def claim_folder(config: StudyConfig) -> None:
@@ -112,9 +128,12 @@ def claim_folder(config: StudyConfig) -> None:
         UserError: the folder holds results of other settings.
         RunError: it cannot be written.
     """
-    shared = {n: v for n, v in _flat("study", asdict(config)).items() if n not in _MAY_DIFFER}
+    shared = by_dotted_name(asdict(config), "study.")
+    shared = {name: value for name, value in shared.items() if name not in _MAY_DIFFER}
     path = Path(config.out) / _SETTINGS
     if not path.is_file():
+        if _results(config.out):
+            raise UserError(f"study.out={config.out} holds results of settings that are not known")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -130,13 +149,8 @@ def claim_folder(config: StudyConfig) -> None:
             )
 
 
-def _flat(name: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Settings within settings by their full names."""
-    flat = {}
-    for key, value in values.items():
-        full = f"{name}.{key}"
-        flat |= _flat(full, value) if isinstance(value, dict) else {full: value}
-    return flat
+def _results(out: str) -> list[Path]:
+    return sorted(Path(out).glob(f"*/*/seed*/{_RESULT}"))
 
 
 def run_job(config: StudyConfig, job: Job) -> None:
@@ -153,7 +167,7 @@ def run_job(config: StudyConfig, job: Job) -> None:
     except Exception:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / _FAILURES).open("a") as file:
-            file.write(traceback.format_exc() + "\n")
+            file.write(f"{_FAILED}\n{traceback.format_exc()}\n")
         return
     result |= {"seconds": time.perf_counter() - began, "machine": machine()}
     part = folder / f".{_RESULT}.part"
@@ -162,12 +176,23 @@ def run_job(config: StudyConfig, job: Job) -> None:
 
 
 def sweeps(command: StudyCommand) -> Iterator[str]:
-    """For each sweep, the override of its jobs; asked for the next when the one before is done."""
+    """For each sweep, the override of its jobs; asked for the next when the one before is done.
+
+    Raises:
+        UserError, TaskError: before any job is run; see `claim_folder`.
+    """
     if command.report:
         return
     config = command.study
-    claim_folder(config)
     everything = all_jobs(config)
+    for task in config.tasks:
+        make_env(task).close()
+    claim_folder(config)
+    if command.job is not None:
+        if not 0 <= command.job < len(everything):
+            raise UserError(f"job={command.job} must lie in 0 … {len(everything) - 1}")
+        yield f"job={command.job}"
+        return
     for stage in jobs(config):
         for _ in range(_ATTEMPTS):
             if left := pending(config, stage):
@@ -177,7 +202,7 @@ def sweeps(command: StudyCommand) -> Iterator[str]:
 
 
 def conclude(command: StudyCommand) -> None:
-    """Write table, pictures and CSV of what there is, and say what failed.
+    """Write table, pictures and CSV of all results in the folder, and say what failed.
 
     Raises:
         UserError: there is no such CSV to report.
@@ -187,14 +212,13 @@ def conclude(command: StudyCommand) -> None:
         _report(study_report.of_csv(Path(command.report)), Path(command.report))
         return
     config, path = command.study, Path(command.study.out) / "results.csv"
-    arms = jobs(config)[1]
-    finished = [job for job in arms if done(config, job)]
-    results = [study_report.of_job(read_json(job.folder(config.out) / _RESULT)) for job in finished]
-    if results:
+    if results := collect(config.out):
         write_file(path, study_report.as_csv(results), "study.out")
         _report(results, path)
-    print(f"{len(finished)} of {len(arms)} runs are done")
-    failed = [job for job in all_jobs(config) if not done(config, job)]
+    everything = [all_jobs(config)[command.job]] if command.job is not None else all_jobs(config)
+    finished = sum(done(config, job) for job in everything)
+    print(f"{finished} of {len(everything)} jobs are done, the dense agents at the start included")
+    failed = [job for job in everything if not done(config, job)]
     if failed:
         files = [(job, job.folder(config.out) / _FAILURES) for job in failed[:_NAMED]]
         names = "; ".join(f"'{job}' ({file})" for job, file in files)
@@ -205,13 +229,29 @@ def conclude(command: StudyCommand) -> None:
         )
 
 
+def collect(out: str) -> list[study_report.Result]:
+    """All results in a study's folder, by task, arm, sparsity and seed.
+
+    How long the agents take to decide is measured here, one after another in turn, so that whatever
+    else the machine does meets all alike.
+    """
+    paths = [path for path in _results(out) if read_json(path)["job"]["arm"] != START]
+    agents = [load_agent(path.parent) for path in paths]
+    times = decision_milliseconds(*((a.model, a.config) for a in agents), repeats=_TIMED)
+    results = [
+        study_report.of_job(read_json(path), float(np.median(own)))
+        for path, own in zip(paths, times, strict=True)
+    ]
+    return sorted(results, key=lambda r: (r.task, ARMS.index(r.arm), r.asked or 0, r.seed))
+
+
 def _report(results: list[study_report.Result], path: Path) -> None:
     """Tables and pictures, printed and written beside their CSV."""
     tables = study_report.tables(results)
     print(tables)
-    write_file(path.with_suffix(".md"), tables, "study.out")
+    write_file(path.with_suffix(".md"), tables, "the report")
     for name, image in study_report.pictures(results).items():
-        write_file(path.with_name(f"{path.stem}-{name}.png"), image, "study.out")
+        write_file(path.with_name(f"{path.stem}-{name}.png"), image, "the report")
     print(f"written beside {path}: tables (.md) and pictures (.png)")
 
 
@@ -224,17 +264,19 @@ def _run_start(config: StudyConfig, job: Job) -> dict[str, Any]:
         model=config.model,
         seed=job.seed,
         env_steps=config.start_env_steps,
-        eval_every=config.start_env_steps,
+        eval_every=max(1, config.start_env_steps // 5),
         eval_episodes=config.episodes,
         device=config.device,
         run_dir=str(job.folder(config.out)),
     )
     trainer = _begun_or_resumed(settings)
-    return {"job": vars(job), "returns": trainer.run().returns} | _size(trainer)
+    return {"job": vars(job), "returns": trainer.run().returns} | agent_size(
+        trainer.model, config.model
+    )
 
 
 def _run_arm(config: StudyConfig, job: Job) -> dict[str, Any]:
-    start = replace(job, arm=START, sparsity=None)
+    start = job.start
     if not done(config, start):
         raise RunError(f"'{start}' has no result, which '{job}' starts from")
     dense = read_json(start.folder(config.out) / _RESULT)
@@ -259,7 +301,7 @@ def _run_arm(config: StudyConfig, job: Job) -> dict[str, Any]:
         "returns": evaluation.returns,
         "curve": curve,
         "env_steps": trainer.now,
-    } | _size(trainer)
+    } | agent_size(trainer.model, config.model)
 
 
 def _trainer(config: StudyConfig, job: Job, start: str) -> Trainer:
@@ -358,8 +400,3 @@ def _begun_or_resumed(settings: TrainConfig) -> Trainer:
         if path.name not in (_FAILURES, "coefficients.json"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return runs.start(settings, ["study.py"])
-
-
-def _size(trainer: Trainer) -> dict[str, float]:
-    model, agent = trainer.model, trainer.config.model
-    return agent_size(model, agent) | {"decision_ms": median_decision_milliseconds(model, agent)}

@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy.stats import trim_mean
 from tabulate import tabulate
 
-from tdmpc_prune.config import ARMS, DENSE, SMALL
+from tdmpc_prune.config import ARMS, DENSE, REINITIALISED, SMALL
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.files import png
 
@@ -50,23 +50,30 @@ class Result:
 
 
 _READINGS: dict[str, Callable[[Result], float]] = {  # of a cut; more is better
-    "right after": lambda r: r.after / r.before,
+    "right after": lambda r: _share(r.after, r),
     "recovery": lambda r: -math.inf if r.recovery is None else -r.recovery,
-    "end": lambda r: r.end / r.before,
+    "end": lambda r: _share(r.end, r),
 }
-_COMPARED = (  # reading, and the arm to improve on
-    ("right after", None),
-    ("right after", "magnitude"),
-    ("recovery", None),
-    ("recovery", "magnitude"),
-    ("end", None),
-    ("end", "magnitude"),
-    ("end", SMALL),
-)
+_BETTER = {
+    "right after": "more right after the cut",
+    "recovery": "sooner back",
+    "end": "more at the end",
+}
+_REFERENCES = ("magnitude", "random", REINITIALISED, SMALL)  # the arms to improve on
+_FEWEST = 3  # runs that are given an interval
 
 
-def of_job(result: dict[str, Any]) -> Result:
-    """The line of a job's `result.json`."""
+def _share(value: float, of: Result) -> float:
+    """A return as a fraction of the dense agent's; 1 is as good also where returns are negative."""
+    if of.before == 0:
+        raise UserError(
+            f"the dense agent of {of.task}, seed {of.seed} returns 0: nothing to compare"
+        )
+    return 1 + (value - of.before) / abs(of.before)
+
+
+def of_job(result: dict[str, Any], decision_ms: float) -> Result:
+    """The line of a job's `result.json`, and of the time that its agent takes to decide."""
     job = result["job"]
     return Result(
         task=job["task"],
@@ -76,10 +83,11 @@ def of_job(result: dict[str, Any]) -> Result:
         sparsity=result["sparsity"],
         parameters=result["parameters"],
         macs=result["macs"],
-        decision_ms=result["decision_ms"],
+        decision_ms=round(decision_ms, 3),
         before=result["before"],
         after=float(np.mean(result["after"])) if result["after"] else None,
-        recovery=result["recovery"],
+        # What begins from scratch has nothing to come back to.
+        recovery=None if job["arm"] == SMALL else result["recovery"],
         end=float(np.mean(result["returns"])),
         env_steps=result["env_steps"],
         seconds=result["seconds"],
@@ -98,24 +106,30 @@ def as_csv(results: list[Result]) -> str:
 
 
 def of_csv(path: Path) -> list[Result]:
-    """The results that `as_csv` wrote. Raises UserError: it is no such file."""
+    """The results that `as_csv` wrote. Raises UserError: it is no such file, or has no runs."""
     kinds: dict[str, Callable[[str], Any]] = {"task": str, "arm": str}
     kinds |= dict.fromkeys(("seed", "parameters", "macs", "env_steps", "recovery"), int)
+    may_lack = ("asked", "after", "recovery")
+
+    def value(name: str, text: str) -> Any:
+        return None if text == "" and name in may_lack else kinds.get(name, float)(text)
+
     try:
         with path.open(newline="") as file:
-            return [
-                Result(
-                    **{
-                        field.name: kinds.get(field.name, float)(row[field.name])
-                        if row[field.name] != ""
-                        else None
-                        for field in fields(Result)
-                    }
-                )
-                for row in csv.DictReader(file)
-            ]
+            names = [field.name for field in fields(Result)]
+            rows = csv.DictReader(file)
+            results = [Result(**{name: value(name, row[name]) for name in names}) for row in rows]
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"'{path}' is no table of a study: {error!r}") from error
+    runs = [(r.task, r.arm, r.asked, r.seed) for r in results]
+    if not results:
+        raise UserError(f"'{path}' has no runs in it")
+    if unknown := {r.arm for r in results} - set(ARMS):
+        raise UserError(f"'{path}': there is no arm '{min(unknown)}'")
+    if len(set(runs)) < len(runs):
+        twice = next(run for run in runs if runs.count(run) > 1)
+        raise UserError(f"'{path}' has the run {twice} twice")
+    return results
 
 
 # --- Statistics ------------------------------------------------------------------------------
@@ -169,17 +183,18 @@ def improvement_interval(
 
 
 def tables(results: list[Result]) -> str:
-    """Of each task: every cell (sparsity, arm), and the arms over all sparsities; as Markdown.
+    """All that was found, as Markdown.
 
-    With several tasks also the arms over all of them.
+    Of each task every cell (sparsity, arm), and the arms over all sparsities; with several tasks
+    also the arms over all of them.
     """
     parts = []
     tasks = list(dict.fromkeys(r.task for r in results))
     for task in tasks:
         own = [r for r in results if r.task == task]
-        parts += [f"**{task}**", _cells(own), f"**{task}, all sparsities**", _overall(own)]
+        parts += [f"**{task}, each sparsity**", _cells(own), *_overall(task, own)]
     if len(tasks) > 1:
-        parts += ["**All tasks, the arms that have every cell**", _overall(results)]
+        parts += _overall("All tasks", results)
     return "\n\n".join(parts) + "\n"
 
 
@@ -196,25 +211,28 @@ def _cells(results: list[Result]) -> str:
                 f"{np.mean([r.parameters for r in own]):,.0f}",
                 f"{np.mean([r.macs for r in own]) / 1e6:.1f}",
                 f"{np.median([r.decision_ms for r in own]):.1f}",
-                _shown(iqm_interval([np.array(after)]), ".0f") if after else "",
+                _iqm([np.array(after)], ".0f") if after else "",
                 _recovered(own),
-                _shown(iqm_interval([np.array([r.end for r in own])]), ".0f"),
+                _iqm([np.array([r.end for r in own])], ".0f"),
             )
         )
     names = ["sparsity", "arm", "seeds", "parameters", "million MACs", "ms per decision"]
     names += ["return right after", "back at 95 %, median env steps", "return at the end"]
-    return tabulate(rows, names, "pipe", disable_numparse=True)
-
-
-def _recovered(results: list[Result]) -> str:
-    steps = [r.recovery for r in results if r.recovery is not None]
-    median = f", {np.median(steps):,.0f}" if steps else ""
-    return f"{len(steps)} of {len(results)}{median}"
+    return _table(rows, names)
 
 
 def _order(results: list[Result]) -> list[tuple[float | None, str]]:
     known = {(r.asked, r.arm) for r in results}
     return sorted(known, key=lambda cell: (cell[0] or 0.0, ARMS.index(cell[1])))
+
+
+def _recovered(results: list[Result]) -> str:
+    """How many, and the median of all: those that did not come back took longer than any."""
+    if results[0].arm == SMALL:
+        return ""
+    count = sum(r.recovery is not None for r in results)
+    median = np.median([math.inf if r.recovery is None else r.recovery for r in results])
+    return f"{count} of {len(results)}" + (f", {median:,.0f}" if np.isfinite(median) else "")
 
 
 def _strata(results: list[Result]) -> dict[str, list[list[Result]]]:
@@ -230,38 +248,61 @@ def _strata(results: list[Result]) -> dict[str, list[list[Result]]]:
     }
 
 
-def _overall(results: list[Result]) -> str:
+def _overall(title: str, results: list[Result]) -> list[str]:
+    """What is left, and what improves on what; with titles."""
     strata = _strata(results)
+    if not strata:
+        return []
     read = {
         (reading, arm): [np.array([value(r) for r in cell]) for cell in own]
         for reading, value in _READINGS.items()
         for arm, own in strata.items()
-        if reading == "end" or arm != SMALL  # which has nothing to recover from
+        if reading == "end" or arm != SMALL
     }
     rows = []
     for arm, own in strata.items():
         runs = [r for cell in own for r in cell]
-        row = [arm, len(runs)]
-        for reading, reference in _COMPARED:
-            mine, theirs = read.get((reading, arm)), read.get((reading, reference))
-            if reference is None and reading == "recovery":
-                row.append(_recovered(runs))
-            elif reference is None:
-                row.append(_shown(iqm_interval(mine), ".2f") if mine else "")
-            else:
-                known = mine and theirs and arm != reference
-                row.append(_shown(improvement_interval(mine, theirs), ".2f") if known else "")
-        rows.append(row)
-    names = ["arm", "runs", "right after, of the dense return", "P(more than magnitude)"]
-    names += ["back at 95 %, median env steps", "P(sooner than magnitude)"]
-    names += ["at the end, of the dense return", "P(more than magnitude)"]
-    names += [f"P(more than {SMALL})"]
-    return tabulate(rows, names, "pipe", disable_numparse=True)
+        after = _iqm(read["right after", arm], ".2f") if arm != SMALL else ""
+        rows.append((arm, len(runs), after, _recovered(runs), _iqm(read["end", arm], ".2f")))
+    names = ["arm", "runs", "right after", "back at 95 %, median env steps", "at the end"]
+    left_out = [arm for arm in ARMS if arm not in strata and arm in {r.arm for r in results}]
+    left_out = [arm for arm in left_out if arm != DENSE]
+    lacking = f"; {', '.join(left_out)} left out, for lack of a cell" if left_out else ""
+    parts = [
+        f"**{title}, all sparsities: fraction of the dense return{lacking}**",
+        _table(rows, names),
+    ]
+    for reading, better in _BETTER.items():
+        references = [arm for arm in _REFERENCES if (reading, arm) in read]
+        rows = [
+            [arm, *(_improvement(read, reading, arm, other) for other in references)]
+            for arm in strata
+            if (reading, arm) in read
+        ]
+        if references:
+            parts.append(f"**{title}, all sparsities: probability of being {better} than …**")
+            parts.append(_table(rows, ["arm", *references]))
+    return parts
+
+
+def _improvement(read: dict, reading: str, arm: str, other: str) -> str:
+    if arm == other:
+        return ""
+    return _shown(improvement_interval(read[reading, arm], read[reading, other]), ".2f")
+
+
+def _iqm(strata: list[np.ndarray], form: str) -> str:
+    values = iqm_interval(strata)
+    return _shown(values, form) if sum(map(len, strata)) >= _FEWEST else format(values[0], form)
 
 
 def _shown(values: tuple[float, float, float], form: str) -> str:
     middle, low, high = (format(value, form) for value in values)
     return f"{middle} [{low}, {high}]"
+
+
+def _table(rows: list, names: list[str]) -> str:
+    return tabulate(rows, names, "pipe", disable_numparse=True)
 
 
 # --- Pictures --------------------------------------------------------------------------------
@@ -282,11 +323,13 @@ def _colours(results: list[Result]) -> dict[str, str]:
 
 
 def _against_sparsity(results: list[Result]) -> Figure:
-    """The three readings against sparsity, a row for each task: interquartile means, and runs."""
+    """The three readings against sparsity, a row for each task; and every run as a point."""
     tasks = list(dict.fromkeys(r.task for r in results))
     readings = {
         "return right after the cut": lambda r: r.after,
-        "share of runs back at 95 %": lambda r: float(r.recovery is not None),
+        "share of runs back at 95 %": lambda r: (
+            None if r.arm == SMALL else float(r.recovery is not None)
+        ),
         "return at the end of the budget": lambda r: r.end,
     }
     figure = Figure(figsize=(14, 1 + 3.6 * len(tasks)), layout="constrained")
@@ -302,27 +345,26 @@ def _against_sparsity(results: list[Result]) -> Figure:
                         points[r.asked].append(read(r))
                 shift = 0.6 * (i / len(colours) - 0.5)  # else equal ones hide each other
                 places = {sparsity: place + shift for place, sparsity in enumerate(asked)}
-                _draw_readings(axis, points, places, arm, colour)
+                middle = np.mean if name.startswith("share") else interquartile_mean
+                _draw_readings(axis, points, places, middle, arm, colour)
             axis.set_xticks(range(len(asked)), [f"{sparsity:g}" for sparsity in asked])
             axis.set_title(f"{task}: {name}", fontsize=9)
             axis.set_xlabel("sparsity")
             axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
             axis.grid(alpha=0.3)
-    handles, labels = rows[0][-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    _legend(figure)
     return figure
 
 
-def _draw_readings(axis, points: dict, places: dict, arm: str, colour: str) -> None:
+def _draw_readings(axis, points: dict, places: dict, middle, arm: str, colour: str) -> None:
     """One arm: sparsity → values, and sparsity → x."""
     if arm == DENSE:
         if points:
-            level = interquartile_mean(np.array(points[None]))
-            axis.axhline(level, color=colour, linestyle=":", label=arm)
+            axis.axhline(middle(np.array(points[None])), color=colour, linestyle=":", label=arm)
         return
     x = [places[sparsity] for sparsity in sorted(points)]
     values = [np.array(points[sparsity]) for sparsity in sorted(points)]
-    axis.plot(x, [interquartile_mean(v) for v in values], "o-", color=colour, ms=5, label=arm)
+    axis.plot(x, [middle(v) for v in values], "o-", color=colour, ms=5, label=arm)
     for at, own_values in zip(x, values, strict=True):
         axis.plot([at] * len(own_values), own_values, ".", color=colour, alpha=0.4, ms=4)
 
@@ -350,9 +392,17 @@ def _profiles(results: list[Result]) -> Figure:
         row[0].set_ylabel("share of runs above tau")
     for axis in rows[-1]:
         axis.set_xlabel("tau, fraction of the dense return")
-    handles, labels = rows[0][-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    _legend(figure)
     return figure
+
+
+def _legend(figure: Figure) -> None:
+    """One for all axes."""
+    handles = {}
+    for axis in figure.axes:
+        own, labels = axis.get_legend_handles_labels()
+        handles |= dict(zip(labels, own, strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, fontsize=8)
 
 
 def _against_cost(results: list[Result]) -> Figure:
@@ -379,6 +429,5 @@ def _against_cost(results: list[Result]) -> Figure:
             axis.set_xlabel(name)
             axis.grid(alpha=0.3)
         row[0].set_ylabel(f"{task}: return at the end")
-    handles, labels = rows[0][-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    _legend(figure)
     return figure
