@@ -3,7 +3,7 @@
 Every seed of a task starts with one dense agent. From its checkpoint each arm goes its own way:
 one cut to the asked sparsity, then training for the same env steps. A finished job is a
 `result.json` in its folder and is never repeated; one that was killed goes on from its newest
-checkpoint.
+checkpoint. Several commands may work in one folder.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from envs import make_env
 from tdmpc_prune import optimize_coefficients, prune_checkpoint, runs, study_report
@@ -154,10 +156,18 @@ def _results(out: str) -> list[Path]:
 
 
 def run_job(config: StudyConfig, job: Job) -> None:
-    """Run a job to its end and write its result; a failure is noted in its folder."""
+    """Run a job to its end and write its result; a failure is noted in its folder.
+
+    Nothing is done if it has a result, or if another process is at it.
+    """
     folder = job.folder(config.out)
-    if done(config, job):
-        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(Timeout), FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
+        if not done(config, job):
+            _run_locked(config, job, folder)
+
+
+def _run_locked(config: StudyConfig, job: Job, folder: Path) -> None:
     began = time.perf_counter()
     try:
         result = _run_start(config, job) if job.arm == START else _run_arm(config, job)

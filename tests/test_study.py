@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -125,6 +126,17 @@ def test_arms_wait_for_their_dense_agent(tmp_path, monkeypatch):
     assert rounds == ["job=0", "job=0"]
     with pytest.raises(RunError, match=r"3 jobs have no result: .*start, seed 1'"):
         study.conclude(StudyCommand(tiny))
+
+
+def test_a_job_that_another_process_runs_is_left_to_it(tmp_path, monkeypatch):
+    tiny = config(tmp_path, arms=["dense"])
+    job, ran = study.all_jobs(tiny)[0], []
+    monkeypatch.setattr(study, "_run_locked", lambda *_: ran.append(1))
+    study.run_job(tiny, job)
+    folder = job.folder(tiny.out)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        study.run_job(tiny, job)
+    assert ran == [1]
 
 
 def test_one_job_alone(tmp_path):
