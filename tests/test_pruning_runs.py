@@ -310,16 +310,27 @@ def test_a_finished_agent_is_pruned_and_recovers(dense, tmp_path):
 
 
 def test_the_checkpoints_evaluation_is_not_played_again(dense, tmp_path, monkeypatch):
-    config = small_config(tmp_path / "run", start_from=str(dense), env_steps=320)
-    trainer = runs.start(config, [])
-    trainer.log = SimpleNamespace(progress=lambda **_: None)
-    saved = load_training(checkpoint_dir(dense))[0]["evaluation"]["returns"]
-    played = trainer.evaluation
     monkeypatch.setattr("tdmpc_prune.training.evaluate", lambda *_, **__: None)
-    assert played(2).returns == saved
-    assert played(3) is None  # more episodes than there are on file
+
+    def begun(run_dir, start_from):
+        config = small_config(run_dir, start_from=str(start_from), env_steps=320)
+        trainer = runs.start(config, [])
+        trainer.log = SimpleNamespace(progress=lambda **_: None)
+        return trainer
+
+    trainer = begun(tmp_path / "run", dense)
+    saved = load_training(checkpoint_dir(dense))[0]["evaluation"]["returns"]
+    assert trainer.evaluation(2).returns == saved
+    assert trainer.evaluation(3) is None  # more episodes than there are on file
     trainer.take_learner(trainer.model, {}, 0)
-    assert played(2) is None  # nothing is known of another learner
+    assert trainer.evaluation(2) is None  # nothing is known of another learner
+
+    learnt_on = shutil.copytree(dense, tmp_path / "learnt on")
+    path = checkpoint_dir(learnt_on) / "training.json"
+    values = json.loads(path.read_text())
+    values["evaluated"][0] -= 1
+    path.write_text(json.dumps(values))
+    assert begun(tmp_path / "other", learnt_on).evaluation(2) is None  # it was of other weights
 
 
 def test_one_cut_without_recovery_changes_no_weight_that_stays(dense, tmp_path):
