@@ -235,22 +235,34 @@ def _recovered(results: list[Result]) -> str:
     return f"{count} of {len(results)}" + (f", {median:,.0f}" if np.isfinite(median) else "")
 
 
-def _strata(results: list[Result]) -> dict[str, list[list[Result]]]:
-    """Arm → its runs by cell (task, sparsity), of the pruned arms that have every cell."""
+def _strata(results: list[Result]) -> tuple[dict[str, list[list[Result]]], str]:
+    """Arm → its runs by cell (task, sparsity), and what was left out.
+
+    The pruned arms that every task has, and the cells that all of these have.
+    """
     cells: dict[tuple, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    arms_of: dict[str, set[str]] = defaultdict(set)
     for r in results:
         if r.asked is not None:
             cells[r.task, r.asked][r.arm].append(r)
-    return {
-        arm: [cells[cell][arm] for cell in sorted(cells)]
-        for arm in ARMS
-        if cells and all(arm in own for own in cells.values())
-    }
+            arms_of[r.task].add(r.arm)
+    arms = [arm for arm in ARMS if arms_of and all(arm in own for own in arms_of.values())]
+    whole = [cell for cell in sorted(cells) if all(arm in cells[cell] for arm in arms)]
+    without = [
+        f"{task} at {sparsity:g}"
+        for task, sparsity in sorted(cells)
+        if (task, sparsity) not in whole
+    ]
+    without += [
+        arm for arm in ARMS if arm not in arms and any(arm in own for own in arms_of.values())
+    ]
+    left_out = f"; without {', '.join(without)}, for lack of runs" if without else ""
+    return {arm: [cells[cell][arm] for cell in whole] for arm in arms if whole}, left_out
 
 
 def _overall(title: str, results: list[Result]) -> list[str]:
     """What is left, and what improves on what; with titles."""
-    strata = _strata(results)
+    strata, left_out = _strata(results)
     if not strata:
         return []
     read = {
@@ -265,11 +277,8 @@ def _overall(title: str, results: list[Result]) -> list[str]:
         after = _iqm(read["right after", arm], ".2f") if arm != SMALL else ""
         rows.append((arm, len(runs), after, _recovered(runs), _iqm(read["end", arm], ".2f")))
     names = ["arm", "runs", "right after", "back at 95 %, median env steps", "at the end"]
-    left_out = [arm for arm in ARMS if arm not in strata and arm in {r.arm for r in results}]
-    left_out = [arm for arm in left_out if arm != DENSE]
-    lacking = f"; {', '.join(left_out)} left out, for lack of a cell" if left_out else ""
     parts = [
-        f"**{title}, all sparsities: fraction of the dense return{lacking}**",
+        f"**{title}, all sparsities: fraction of the dense return{left_out}**",
         _table(rows, names),
     ]
     for reading, better in _BETTER.items():
@@ -377,7 +386,7 @@ def _profiles(results: list[Result]) -> Figure:
     rows = figure.subplots(len(tasks), len(readings), squeeze=False, sharex=True, sharey=True)
     colours, taus = _colours(results), np.linspace(0, 1.2, 121)
     for row, task in zip(rows, tasks, strict=True):
-        strata = _strata([r for r in results if r.task == task])
+        strata, _ = _strata([r for r in results if r.task == task])
         for axis, (reading, name) in zip(row, readings.items(), strict=True):
             for arm, cells in strata.items():
                 runs = [

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from tdmpc_prune import study, study_report
 from tdmpc_prune.checkpoint import load_agent
-from tdmpc_prune.config import STUDIES, StudyCommand
+from tdmpc_prune.config import ARMS, STUDIES, StudyCommand
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.study_report import Result
 from tests.small import AGENT
@@ -291,11 +292,13 @@ def test_tables_are_of_the_csv_and_no_run_is_left_out(tmp_path):
     assert [*cell, "52 [51, 53]"] in rows
     assert ["0.9", "bayesian", "1", "10", "0.0", "1.0", "40", "1 of 1, 200", "70"] in rows
     assert sum(int(row[2]) for row in rows if row[0] in ("", "0.5", "0.9")) == len(results)
-    # Only bayesian has all cells: nothing is compared. Its worst run is cut off.
-    assert [row for row in rows if row[0] in ("magnitude", "bayesian")] == [
-        ["bayesian", "4", "0.40 [0.40, 0.40]", "1 of 4", "0.83 [0.82, 0.86]"]
-    ]
-    assert "magnitude left out, for lack of a cell" in text
+    # 0.9 is no cell of magnitude's: only 0.5 counts in what is said of both.
+    assert ["bayesian", "3", "0.40 [0.40, 0.40]", "0 of 3", "0.84 [0.82, 0.86]"] in rows
+    assert "; without t at 0.9, for lack of runs**" in text
+    other = [result(arm, seed, 9.0, task="u") for arm in ("bayesian", "random") for seed in (1, 2)]
+    over_all = study_report.tables(results + other).split("**All tasks")[1]
+    assert "; without magnitude, random, for lack of runs**" in over_all
+    assert [row[:2] for row in rows_of(over_all) if row[0] in ARMS] == [["bayesian", "6"]]
     pictures = study_report.pictures(results)
     assert all(image.startswith(b"\x89PNG") for image in pictures.values())
 
@@ -346,3 +349,28 @@ def test_a_file_that_is_no_table_is_refused(tmp_path):
         path.write_text(study_report.as_csv(results))
         with pytest.raises(UserError, match=message):
             study_report.of_csv(path)
+
+
+# --- What the README says --------------------------------------------------------------------
+
+
+def test_the_study_on_file_is_what_its_csv_says():
+    """Tables in the README and beside the CSV, and every number in the words between them."""
+    shown = ROOT / ".readme"
+    text = study_report.tables(study_report.of_csv(shown / "study.csv"))
+    assert (shown / "study.md").read_text() == text
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split("## The study\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 10 and set(rows) <= set(text.splitlines())
+    words = re.sub(r"```.*?```|\(.*?\.(png|md|csv|json)\)", "", section, flags=re.DOTALL)
+    words = "\n".join(line for line in words.splitlines() if not line.startswith("|"))
+    number = r"\d[\d ]*(?:\.\d+)?"
+    said = {found.replace(" ", "") for found in re.findall(number, words)}
+    settings_ = json.loads((shown / "study.json").read_text())
+    known = text.replace(",", "") + " ".join(map(str, settings_.values()))
+    assert len(said) > 10
+    assert said <= set(re.findall(r"\d+(?:\.\d+)?", known)), said
+    for name in ("sparsity", "profile", "cost"):
+        assert (shown / f"study-{name}.png").is_file()
+        assert f".readme/study-{name}.png" in readme
