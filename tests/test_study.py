@@ -199,8 +199,8 @@ def test_launchers(tmp_path, launcher):
     assert written <= names
     results = study_report.of_csv(tmp_path / "out" / "results.csv")
     assert [(r.arm, r.asked, r.seed) for r in results] == [
-        ("random", 0.5, 1),
         ("magnitude", 0.5, 1),
+        ("random", 0.5, 1),
     ]
     assert study_report.tables(results) == (tmp_path / "out" / "results.md").read_text()
 
