@@ -265,7 +265,7 @@ def stays(gap: np.ndarray, terminated: bool, target: Target) -> bool:
 
 
 def boundary(judged: list[Judged]) -> Judged | None:
-    """The sparsest agent that is safe (METHOD of COM-PACT: the largest safe compression)."""
+    """The sparsest agent that is safe; None if there is none."""
     return max((one for one in judged if one.safe), key=lambda one: one.sparsity, default=None)
 
 

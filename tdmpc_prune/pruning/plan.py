@@ -3,9 +3,9 @@
 Widths shrink in chunks, so that what is left of a width is a multiple of `round_to`. `global`
 allocation takes, again and again, the chunk with the least importance per parameter, wherever it
 lies; `balanced` does too, but the importance of a chunk grows as its group shrinks: it is divided
-by the share of the group's importance that would be left, so that no group is emptied for its
-units' small importance in the whole network. `uniform` takes the same fraction of every group. All
-stop at the asked sparsity.
+by the share of the group's importance that would be left, so that a group's last units go later
+than their small importance in the whole network would have them go. `uniform` takes the same
+fraction of every group. All stop at the asked sparsity.
 """
 
 from __future__ import annotations
@@ -281,7 +281,8 @@ def _chunk_cost(densities: np.ndarray, gone: int, size: int, balanced: bool) -> 
     """What the next chunk of a group costs, per parameter.
 
     Its mean density; `balanced` divides that by the share of the group's importance that is left
-    after it, as LAMP (Lee et al. 2021) does with squared weights. With i for the importance cut
+    after it. (LAMP, Lee et al. 2021, divides squared weights by what is left, themselves included,
+    and does not keep the group's total.) With i for the importance cut
     and r for the share left, Σ i / r is about −log r times the group's importance: emptying a group
     costs infinitely much (ours).
 
