@@ -24,7 +24,7 @@ from tdmpc_prune.pruning.groups import find_groups
 from tdmpc_prune.pruning.plan import make_plan
 from tdmpc_prune.pruning.surgery import commit, kept_units
 from tdmpc_prune.run_log import read_history
-from tests.test_command_line import run
+from tests.commands import run
 
 PRUNE = PruneConfig(
     method="bayesian", sparsity=0.6, steps=3, min_width=2, round_to=1, max_return_drop=10.0

@@ -24,10 +24,10 @@ from tdmpc_prune.pruning.surgery import commit
 from tdmpc_prune.pruning.tracing import Computation
 from tdmpc_prune.run_log import read_history
 from tdmpc_prune.subject import load_subject
+from tests.commands import run
 from tests.pruning_zoo import Agent, computation, losses, make_data
 from tests.small import small_config
 from tests.test_autoencoder import small as autoencoder_config
-from tests.test_command_line import run
 from tests.test_surgery import choose, close, group_names
 
 

@@ -1,42 +1,12 @@
 """The commands as a person types them: help, results, and one line for wrong input."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-ROOT = Path(__file__).parents[1]
-REACH = "task=gym:tests.synthetic:Reach-v0"
-SMALL = [
-    REACH,
-    "env_steps=120",
-    "eval_every=60",
-    "eval_episodes=2",
-    "device=cpu",
-    "model.network.encoder_width=12",
-    "model.network.latent_width=6",
-    "model.network.hidden_width=16",
-    "model.planner.samples=24",
-    "model.planner.elites=6",
-    "model.learning.seed_decisions=40",
-    "model.learning.batch=16",
-]
-
-
-def run(script, *arguments, cwd):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / script), *arguments],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+from tests.commands import SMALL, run
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from tdmpc_prune import compare
 from tdmpc_prune.errors import UserError
-from tests.test_command_line import run
+from tests.commands import run
 
 
 def write_run(folder, method, seed, history, **settings):

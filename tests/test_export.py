@@ -18,7 +18,7 @@ from tdmpc_prune.agent.planner import PlannerNoise, first_means, plan
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.checkpoint import SavedAgent, load_agent, save_agent
 from tdmpc_prune.errors import RunError, UserError
-from tests.test_command_line import ROOT, run
+from tests.commands import ROOT, run
 
 POLICY = "cartpole-swingup-policy.onnx"
 PLANNER = PlannerConfig(horizon=3, iterations=2, samples=24, elites=6)

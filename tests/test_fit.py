@@ -15,8 +15,8 @@ from tdmpc_prune.agent.config import PRESETS, PlannerConfig
 from tdmpc_prune.checkpoint import SavedAgent, load_agent
 from tdmpc_prune.config import FitConfig
 from tdmpc_prune.evaluation import Evaluation
+from tests.commands import run
 from tests.small import pruning_config
-from tests.test_command_line import run
 
 
 @pytest.fixture(scope="module")

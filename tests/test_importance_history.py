@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tdmpc_prune import importance_history, runs
+from tests.commands import run
 from tests.small import pruning_config
-from tests.test_command_line import run
 
 GROUPS = ("encoder.0", "latent", "reward.0")
 

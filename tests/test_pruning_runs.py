@@ -28,8 +28,8 @@ from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.surgery import SurgeryError
 from tdmpc_prune.run_log import read_history
 from tdmpc_prune.signals import Stopped
+from tests.commands import REACH, SMALL, run
 from tests.small import PRUNE, pruning_config, small_config
-from tests.test_command_line import REACH, SMALL, run
 from tests.test_resume import Killed, assert_same_run
 
 

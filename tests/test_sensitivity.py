@@ -11,9 +11,9 @@ from tdmpc_prune import autoencoder_training, runs, sensitivity
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.sensitivity import RANDOM, RANKED, Loss, Removal
 from tdmpc_prune.subject import Score
+from tests.commands import run
 from tests.small import small_config
 from tests.test_autoencoder import small as autoencoder_config
-from tests.test_command_line import run
 
 
 @given(

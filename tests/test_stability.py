@@ -16,8 +16,8 @@ from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.checkpoint import load_agent
 from tdmpc_prune.config import StabilityConfig
 from tdmpc_prune.stability import Episodes, Judged, Rate, Stability, Target
+from tests.commands import run
 from tests.small import pruning_config, small_config
-from tests.test_command_line import run
 
 REACH = "gym:tests.synthetic:Reach-v0"
 

@@ -21,8 +21,8 @@ from tdmpc_prune.checkpoint import load_agent
 from tdmpc_prune.config import ARMS, STUDIES, StudyCommand
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.study_report import Result
+from tests.commands import ROOT, run
 from tests.small import AGENT
-from tests.test_command_line import ROOT, run
 
 TINY = [
     "study.tasks=['gym:tests.synthetic:Reach-v0']",

@@ -17,7 +17,7 @@ import torch
 from tdmpc_prune.agent.config import AgentConfig, PlannerConfig
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.checkpoint import SavedAgent, save_agent
-from tests.test_command_line import ROOT, run
+from tests.commands import ROOT, run
 
 needs_xvfb = pytest.mark.skipif(
     not (shutil.which("Xvfb") and sys.platform == "linux"), reason="Xvfb is not installed"
