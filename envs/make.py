@@ -68,8 +68,9 @@ def make_env(
     if limit:
         env = wrappers.TimeLimit(env, limit)
     env = wrappers.RepeatAction(CountEnvSteps(env), action_repeat or default_action_repeat(task))
-    env = wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
-    env = wrappers.ClipAction(env)
+    with np.errstate(over="ignore"):  # in Gymnasium's infinite Boxes
+        env = wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+        env = wrappers.ClipAction(env)
     env.action_space = gymnasium.spaces.Box(-1.0, 1.0, env.action_space.shape, np.float32)
     return env
 

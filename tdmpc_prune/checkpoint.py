@@ -201,7 +201,7 @@ def load_agent(
         )
     theirs = task_name(str(description.get("task")))
     if task is not None and theirs != task_name(task):
-        raise UserError(f"checkpoint '{folder}' is for task={theirs}, not {task}")
+        raise UserError(f"checkpoint '{folder}' is for task={theirs}, not {task_name(task)}")
     weights = load_tensors(folder, "agent", description.get("sha256", {}))
     try:
         model = WorldModel(_widths(description["widths"]))

@@ -229,7 +229,7 @@ def test_the_ends_of_actions_stay_inside_the_box(monkeypatch, low, high, dtype):
     for action in ([1, -1], [-1, 1], [9, -9], [0.3, -0.999999]):
         env.step(np.array(action, np.float32))
     assert all(action.dtype == dtype and box.contains(action) for action in got)
-    assert got[0] == pytest.approx([high, low], rel=1e-3)
+    assert got[0] == pytest.approx([high, low], rel=1e-3, abs=1e-4)
 
 
 # --- Names and constructors --------------------------------------------------------------------
