@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import gymnasium
 import numpy as np
 
-from envs.tasks import TaskError
+from envs.errors import TaskError
 
 
 class Disturb(gymnasium.Wrapper):

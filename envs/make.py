@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 
 import gymnasium
 import numpy as np
 from gymnasium import wrappers
 
+from envs.contract import Checked
+from envs.errors import TaskError, told
 from envs.rendering import choose_gl_backend
 from envs.suite import SuiteEnv
 from envs.tasks import (
     GYM_PREFIX,
-    TaskError,
-    closest_gym_ids,
+    closest_gym_tasks,
     default_action_repeat,
     find_suite_task,
 )
@@ -44,7 +46,8 @@ def make_env(
     Observations are float32 `[O]`, actions float32 `[A]` in [-1, 1]. One `step` is one decision:
     it repeats the action for `action_repeat` simulator steps and sums their rewards, and
     `info["env_steps"]` counts simulator steps since the reset. `env.unwrapped.model` and `.data`
-    are MuJoCo's own where the task runs on MuJoCo.
+    are MuJoCo's own where the task runs on MuJoCo. What a simulator returns is checked where it
+    comes in: `reset` and `step` raise a StepError, which is a TaskError, see `envs.contract`.
 
     Args:
         task: `cartpole-swingup` and the like, or `gym:<id>`.
@@ -52,76 +55,80 @@ def make_env(
         render_mode: "rgb_array" or None.
 
     Raises:
-        TaskError: the task is unknown, or its observations or actions are not flat Boxes.
+        TaskError: the task is unknown or cannot be made, or its observations or actions are not
+            flat Boxes.
     """
     if action_repeat is not None and action_repeat < 1:
         raise TaskError(f"action_repeat={action_repeat} must be at least 1")
     if task.startswith(GYM_PREFIX):
-        env = _make_gym(task, render_mode)
+        simulator, limit = _make_gym(task, render_mode)
     else:
-        suite_env = SuiteEnv(*find_suite_task(task), render_mode=render_mode)
-        env = wrappers.TimeLimit(suite_env, EPISODE_ENV_STEPS)
+        simulator, limit = _make_suite(task, render_mode), EPISODE_ENV_STEPS
+    env = Checked(simulator, task)
+    if limit:
+        env = wrappers.TimeLimit(env, limit)
     env = wrappers.RepeatAction(CountEnvSteps(env), action_repeat or default_action_repeat(task))
-    env = wrappers.ClipAction(_rescale_action(env, task))
+    with np.errstate(over="ignore"):  # in Gymnasium's infinite Boxes
+        env = wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+        env = wrappers.ClipAction(env)
     env.action_space = gymnasium.spaces.Box(-1.0, 1.0, env.action_space.shape, np.float32)
     return env
 
 
-def simulator_step_seconds(env: gymnasium.Env) -> float | None:
-    """Simulated time of one simulator step, in seconds; None if the environment does not say."""
-    inner = env.unwrapped
-    return getattr(inner, "control_timestep", None) or getattr(inner, "dt", None)
+def _make_suite(task: str, render_mode: str | None) -> SuiteEnv:
+    domain, name = find_suite_task(task)
+    try:
+        return SuiteEnv(domain, name, render_mode=render_mode)
+    except Exception as error:
+        raise TaskError(f"task '{task}' cannot be made: {told(error)}") from error
 
 
-def observation_layout(env: gymnasium.Env) -> list[dict[str, str | int]]:
-    """What the numbers of an observation are, in order: name and count of each part."""
-    whole = {"observation": env.observation_space.shape[0]}
-    parts = getattr(env.unwrapped, "observation_parts", whole)
-    return [{"name": name, "size": size} for name, size in parts.items()]
-
-
-def _make_gym(task: str, render_mode: str | None) -> gymnasium.Env:
+def _make_gym(task: str, render_mode: str | None) -> tuple[gymnasium.Env, int | None]:
+    """A Gymnasium environment, and the time limit that it still needs."""
     choose_gl_backend()
-    gym_id = task.removeprefix(GYM_PREFIX)
+    module, _, gym_id = task.removeprefix(GYM_PREFIX).rpartition(":")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Gymnasium on older versions of its own tasks
-            env = gymnasium.make(gym_id, render_mode=render_mode, disable_env_checker=True)
-    except gymnasium.error.UnregisteredEnv as error:
-        raise TaskError(f"unknown task '{task}'; {closest_gym_ids(gym_id)}") from error
-    except (gymnasium.error.Error, ImportError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TaskError(f"task '{task}' cannot be made: {reason}") from error
-    _require_flat_boxes(env, task)
-    if env.spec is None or env.spec.max_episode_steps is None:
-        env = wrappers.TimeLimit(env, EPISODE_ENV_STEPS)
-    if len(env.observation_space.shape) != 1:
-        env = wrappers.FlattenObservation(env)
-    if env.observation_space.dtype != np.float32:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # float64 bounds lose precision, which is the purpose
-            env = wrappers.DtypeObservation(env, np.float32)
-    return env
-
-
-def _require_flat_boxes(env: gymnasium.Env, task: str) -> None:
-    for what, space in (("observations", env.observation_space), ("actions", env.action_space)):
-        if not isinstance(space, gymnasium.spaces.Box):
-            raise TaskError(
-                f"task '{task}' has {type(space).__name__} {what}; "
-                f"this agent needs continuous ones (a Box)"
+            if module:
+                importlib.import_module(module)
+            # A class may know no render_mode at all; one that is registered with it gets ours.
+            registered = gymnasium.registry.get(gym_id)
+            drawn = render_mode is not None or (registered and "render_mode" in registered.kwargs)
+            env = gymnasium.make(
+                gym_id,
+                max_episode_steps=-1,  # the time limit comes after the checks
+                disable_env_checker=True,
+                **({"render_mode": render_mode} if drawn else {}),
             )
-    if len(env.observation_space.shape) > 2:
-        raise TaskError(
-            f"task '{task}' observes pictures of shape {env.observation_space.shape}; "
-            f"this agent needs a vector of states"
+            limit = gymnasium.registry[env.unwrapped.spec.id].max_episode_steps
+            own_limit = env.spec.max_episode_steps  # of a wrapper that came with it
+    except Exception as error:  # foreign constructors have errors of every kind
+        raise TaskError(_why_not_made(task, error)) from error
+    return env, limit or (None if own_limit else EPISODE_ENV_STEPS)
+
+
+def _why_not_made(task: str, error: Exception) -> str:
+    module, _, gym_id = task.removeprefix(GYM_PREFIX).rpartition(":")
+    missing = getattr(error, "name", None)
+    if isinstance(error, gymnasium.error.NamespaceNotFound):
+        namespace = gym_id.partition("/")[0]
+        return (
+            f"unknown task '{task}': nothing has registered the namespace '{namespace}'; is the "
+            f"package installed? If so, name its module, too: gym:<module>:{namespace}/…"
         )
-    if len(env.action_space.shape) != 1:
-        raise TaskError(f"task '{task}' has actions of shape {env.action_space.shape}; needs [A]")
-
-
-def _rescale_action(env: gymnasium.Env, task: str) -> gymnasium.Env:
-    space = env.action_space
-    if not np.isfinite(space.low).all() or not np.isfinite(space.high).all():
-        raise TaskError(f"task '{task}' has unbounded actions; give it finite action bounds")
-    return wrappers.RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+    if isinstance(error, (gymnasium.error.UnregisteredEnv, gymnasium.error.DeprecatedEnv)):
+        return f"unknown task '{task}'; {closest_gym_tasks(module, gym_id)}"
+    if isinstance(error, ModuleNotFoundError) and missing:
+        if f"{module}.".startswith(f"{missing}."):
+            return (
+                f"task '{task}' cannot be made: there is no module '{missing}'; is the package "
+                f"installed, or the module's folder in PYTHONPATH?"
+            )
+        return f"task '{task}' cannot be made: it needs the module '{missing}'; is it installed?"
+    if "unexpected keyword argument 'render_mode'" in str(error):
+        return (
+            f"task '{task}' cannot be drawn: its class takes no render_mode; give its __init__ "
+            f"the argument render_mode=None and keep it as self.render_mode"
+        )
+    return f"task '{task}' cannot be made: {told(error)}"

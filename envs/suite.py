@@ -23,9 +23,15 @@ class SuiteEnv(gymnasium.Env):
 
     def __init__(self, domain: str, task: str, render_mode: str | None = None):
         choose_gl_backend()
+        from absl import logging
         from dm_control import suite
 
-        self._suite_env = suite.load(domain, task, task_kwargs={"random": 0})
+        shown = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)  # MuJoCo on what is deprecated in the suite's models
+        try:
+            self._suite_env = suite.load(domain, task, task_kwargs={"random": 0})
+        finally:
+            logging.set_verbosity(shown)
         self.render_mode = render_mode
         self.metadata = {
             "render_modes": ["rgb_array"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from functools import cache
 
+from envs.errors import TaskError, told
 from envs.rendering import choose_gl_backend
 
 GYM_PREFIX = "gym:"
@@ -19,20 +20,34 @@ _SUITE_REPEAT_OTHERWISE = 4
 _DOMAIN_ALIASES = {"ball_in_cup": "cup"}
 
 
-class TaskError(ValueError):
-    """A task that does not exist or that an agent of this kind cannot act in."""
+def task_name(task: str) -> str:
+    """The one name of a task, under which it is saved and compared.
+
+    `Cartpole_Swingup` is `cartpole-swingup`, and `ball-in-cup-catch` is `cup-catch`; Gymnasium's
+    ids, which are not ours, stay as they are. Whether there is such a task is not looked up.
+    """
+    if task.startswith(GYM_PREFIX):
+        return task
+    name = _dashed(task)
+    for domain, alias in _DOMAIN_ALIASES.items():
+        if name.startswith(f"{_dashed(domain)}-"):
+            return alias + name.removeprefix(_dashed(domain))
+    return name
 
 
 @cache
 def suite_tasks() -> dict[str, tuple[str, str]]:
     """Every DeepMind Control Suite task: dashed name → (domain, task)."""
     choose_gl_backend()
-    from dm_control import suite
+    try:
+        from dm_control import suite
+    except Exception as error:  # the OpenGL backend's errors, too
+        raise TaskError(f"the DeepMind Control Suite cannot be loaded: {told(error)}") from error
 
     tasks = {}
     for domain, task in suite.ALL_TASKS:
         for name in (domain, _DOMAIN_ALIASES.get(domain, domain)):
-            tasks[f"{name}-{task}".replace("_", "-").lower()] = (domain, task)
+            tasks[_dashed(f"{name}-{task}")] = (domain, task)
     return tasks
 
 
@@ -43,9 +58,10 @@ def find_suite_task(name: str) -> tuple[str, str]:
         TaskError: there is no such task; the message names the closest ones.
     """
     tasks = suite_tasks()
-    key = name.replace("_", "-").lower()
+    key = _dashed(name)
     if key not in tasks:
-        raise TaskError(f"unknown task '{name}'; {_closest(key, tasks)}")
+        known = [*_gym_ids_named(name), *difflib.get_close_matches(key, tasks, n=4, cutoff=0.4)]
+        raise TaskError(f"unknown task '{name}'; {_suggested(known)}")
     return tasks[key]
 
 
@@ -57,15 +73,28 @@ def default_action_repeat(task: str) -> int:
     return _SUITE_REPEATS.get(domain.lower().removesuffix("_cmu"), _SUITE_REPEAT_OTHERWISE)
 
 
-def closest_gym_ids(gym_id: str) -> str:
-    """A phrase that names the registered Gymnasium ids closest to `gym_id`."""
+def closest_gym_tasks(module: str, gym_id: str) -> str:
+    """A phrase that names the tasks closest to a Gymnasium id of a module, as they are typed."""
     import gymnasium
 
-    return _closest(gym_id, gymnasium.registry)
+    prefix = f"{GYM_PREFIX}{module}:" if module else GYM_PREFIX
+    by_lower = {known.lower(): known for known in gymnasium.registry}
+    close = difflib.get_close_matches(gym_id.lower(), by_lower, n=4, cutoff=0.4)
+    return _suggested([prefix + by_lower[match] for match in close])
 
 
-def _closest(name: str, known) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=4, cutoff=0.4)
-    if not matches:
+def _gym_ids_named(name: str) -> list[str]:
+    """The Gymnasium tasks that somebody means who forgets what goes before an id."""
+    import gymnasium
+
+    return [f"{GYM_PREFIX}{known}" for known in gymnasium.registry if known.lower() == name.lower()]
+
+
+def _dashed(name: str) -> str:
+    return name.strip().replace("_", "-").lower()
+
+
+def _suggested(tasks: list[str]) -> str:
+    if not tasks:
         return "see envs.suite_tasks() for the suite's, or give gym:<id>"
-    return "the closest are " + ", ".join(matches)
+    return "the closest are " + ", ".join(tasks)

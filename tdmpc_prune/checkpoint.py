@@ -39,6 +39,7 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from torch import Tensor
 
+from envs import task_name
 from tdmpc_prune.agent.config import AgentConfig
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.config import from_plain, to_plain
@@ -198,8 +199,9 @@ def load_agent(
             f"checkpoint '{folder}' has format version {description.get('format_version')}; "
             f"this release reads version {FORMAT_VERSION}"
         )
-    if task is not None and description.get("task") != task:
-        raise UserError(f"checkpoint '{folder}' is for task={description.get('task')}, not {task}")
+    theirs = task_name(str(description.get("task")))
+    if task is not None and theirs != task_name(task):
+        raise UserError(f"checkpoint '{folder}' is for task={theirs}, not {task_name(task)}")
     weights = load_tensors(folder, "agent", description.get("sha256", {}))
     try:
         model = WorldModel(_widths(description["widths"]))
@@ -207,7 +209,7 @@ def load_agent(
         return SavedAgent(
             model=model.to(device),
             config=from_plain(AgentConfig, description["config"]),
-            task=description["task"],
+            task=theirs,
             action_repeat=description["action_repeat"],
             provenance=description["provenance"],
             parent=_found(folder, description.get("parent")),
@@ -322,9 +324,12 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     if not (run_dir / "run.json").is_file():
         raise UserError(f"'{run_dir}' is not the folder of a run (it has no run.json)")
     try:
-        return read_json(run_dir / "run.json")["settings"]
+        settings = read_json(run_dir / "run.json")["settings"]
     except KeyError as error:
         raise UserError(f"'{run_dir}/run.json' is not of a run of this package") from error
+    if "task" in settings:
+        settings["task"] = task_name(settings["task"])  # older runs kept it as it was typed
+    return settings
 
 
 def read_command(run_dir: Path) -> str:

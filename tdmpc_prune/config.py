@@ -14,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from envs import task_name
 from tdmpc_prune.agent.config import PRESETS, AgentConfig, PlannerConfig
 from tdmpc_prune.agent.config import LearningConfig as AgentLearningConfig
 from tdmpc_prune.agent.config import NetworkConfig as AgentNetworkConfig
@@ -54,6 +55,7 @@ class TrainConfig:
     )
 
     def __post_init__(self):
+        object.__setattr__(self, "task", task_name(self.task))  # one task, one name
         for name in ("env_steps", "eval_every", "eval_episodes"):
             value = getattr(self, name)
             require(value >= 1, f"{name}={value} must be at least 1")
@@ -135,6 +137,9 @@ class GroupsConfig:
     model: AgentConfig = setting(AgentConfig, "preset of the dense agent: default, or paper")
     json: str | None = setting(None, "file to write the groups to")
 
+    def __post_init__(self):
+        object.__setattr__(self, "task", task_name(self.task))
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -159,6 +164,8 @@ class EvaluateConfig:
     threads: int = setting(1, "CPU threads")
 
     def __post_init__(self):
+        if self.task is not None:
+            object.__setattr__(self, "task", task_name(self.task))
         require(self.episodes >= 1, f"episodes={self.episodes} must be at least 1")
         require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31)")
         require(
@@ -435,6 +442,7 @@ class BenchmarkConfig:
     json: str | None = setting(None, "file to write the measurements to")
 
     def __post_init__(self):
+        object.__setattr__(self, "task", task_name(self.task))
         for name in ("environments", "repeats"):
             value = getattr(self, name)
             require(value >= 1, f"{name}={value} must be at least 1")
@@ -476,6 +484,7 @@ class StudyConfig:
     out: str = setting("studies/full", "folder of the jobs and of the results")
 
     def __post_init__(self):
+        object.__setattr__(self, "tasks", [task_name(task) for task in self.tasks])
         for arm in self.arms:
             require(arm in ARMS, f"study.arms: '{arm}' must be one of {', '.join(ARMS)}")
         check_machine(self.device, threads=1)

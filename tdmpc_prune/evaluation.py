@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 
-from envs import disturb, make_env
+from envs import StepError, disturb, make_env
 from tdmpc_prune.agent.config import AgentConfig
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan, planning_macs
 from tdmpc_prune.agent.world_model import Widths, WorldModel
+from tdmpc_prune.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Evaluation:
         return replace(self, returns=self.returns[:episodes])
 
 
+def _refuse(error: StepError) -> None:
+    raise error
+
+
 def evaluate(
     model: WorldModel,
     config: AgentConfig,
@@ -48,6 +54,7 @@ def evaluate(
     interrupted: Callable[[], bool] = lambda: False,
     watch: Callable[[int, np.ndarray, bool], None] = lambda episode, observation, terminated: None,
     disturbances: Mapping[str, Any] | None = None,
+    broken: Callable[[StepError], None] = _refuse,
 ) -> Evaluation | None:
     """Play `episodes` whole episodes without exploration.
 
@@ -65,34 +72,57 @@ def evaluate(
         watch: told of every observation `[O]` of every episode, as it is without noise, and
             whether the episode terminated there (a time limit does not count).
         disturbances: arguments of `envs.disturb`; None leaves the task as it is.
+        broken: told of every episode that cannot go on, which then counts up to there; if it
+            raises, or is not given, the evaluation ends.
+
+    Raises:
+        UserError: the task's observations or actions are not those of the agent.
+        TaskError: see `envs.make_env`.
+        StepError: an episode cannot go on, and `broken` is not given; or none of them could be
+            played to its end.
     """
     started = time.perf_counter()
     environments = [make_env(task, action_repeat) for _ in range(episodes)]
+    check_sizes(model, environments[0], task)
     if disturbances is not None:
         environments = [disturb(env, **disturbances) for env in environments]
-    observations = []
+    faults: list[StepError] = []
+    returns = np.zeros(episodes)
+
+    def seen(i: int, observation: np.ndarray, info: dict[str, Any], terminated: bool) -> None:
+        observations[i] = observation
+        watch(i, observation if disturbances is None else info["observation"], terminated)
+
+    observations: dict[int, np.ndarray] = {}
+    running = []
     for i, env in enumerate(environments):
-        observation, info = env.reset(seed=seed + i)
-        observations.append(observation)
-        watch(i, info.get("observation", observation), False)
-    action_width = environments[0].action_space.shape[0]
+        try:
+            seen(i, *env.reset(seed=seed + i), False)
+            running.append(i)
+        except StepError as error:
+            broken(error)
+            faults.append(error)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    means = first_means(config.planner, episodes, action_width, device)
-    returns = np.zeros(episodes)
-    running = list(range(episodes))
+    means = first_means(config.planner, len(running), model.widths.action, device)
     decisions = 0
     while running and not interrupted():
         inputs = torch.from_numpy(np.stack([observations[i] for i in running])).to(device)
-        noise = draw_noise(config.planner, len(running), action_width, generator)
+        noise = draw_noise(config.planner, len(running), model.widths.action, generator)
         decision = plan(model, inputs, means, noise, config.planner, config.learning.discount)
         means = decision.means
         decisions += len(running)
         ended = []
         for place, action in enumerate(decision.actions.cpu().numpy()):
             i = running[place]
-            observations[i], reward, terminated, truncated, info = environments[i].step(action)
-            watch(i, info.get("observation", observations[i]), bool(terminated))
+            try:
+                observation, reward, terminated, truncated, info = environments[i].step(action)
+            except StepError as error:
+                broken(error)
+                faults.append(error)
+                ended.append(place)
+                continue
+            seen(i, observation, info, terminated)
             returns[i] += reward
             if terminated or truncated:
                 ended.append(place)
@@ -104,7 +134,24 @@ def evaluate(
         env.close()
     if running:
         return None
+    if len(faults) == episodes:
+        raise faults[-1]
     return Evaluation(returns.tolist(), decisions, time.perf_counter() - started)
+
+
+def check_sizes(model: WorldModel, env: gymnasium.Env, task: str) -> None:
+    """Refuse a task that is not of the agent's sizes, such as one that was changed since.
+
+    Raises:
+        UserError: it is not, and what they are.
+    """
+    widths = model.widths
+    theirs = env.observation_space.shape[0], env.action_space.shape[0]
+    if theirs != (widths.observation, widths.action):
+        raise UserError(
+            f"the agent takes {widths.observation} observations and gives {widths.action} actions, "
+            f"but task '{task}' has {theirs[0]} and {theirs[1]}"
+        )
 
 
 def agent_size(model: WorldModel, config: AgentConfig) -> dict[str, float]:

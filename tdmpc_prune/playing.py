@@ -12,10 +12,10 @@ import gymnasium
 import numpy as np
 from tqdm import tqdm
 
-from envs import Film, Viewer, make_env, simulator_step_seconds
+from envs import Film, Viewer, frame_seconds, make_env
 from tdmpc_prune.checkpoint import SavedAgent
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.evaluation import Controller, Evaluation, evaluate
+from tdmpc_prune.evaluation import Controller, Evaluation, check_sizes, evaluate
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def view(agent: SavedAgent, seed: int) -> Iterator[str]:
         DisplayError: see `envs.Viewer`.
     """
     env = make_env(agent.task, action_repeat=1)
+    check_sizes(agent.model, env, agent.task)
     step_seconds = _step_seconds(env, agent.task)
     period = 1000 * step_seconds * agent.action_repeat
     controller = Controller(agent.model, agent.config, seed)
@@ -113,6 +114,7 @@ def record(agent: SavedAgent, episodes: int, seed: int, path: Path) -> Evaluatio
     """
     began = time.perf_counter()
     env = make_env(agent.task, action_repeat=1, render_mode="rgb_array")
+    check_sizes(agent.model, env, agent.task)
     step_seconds = _step_seconds(env, agent.task)
     controller = Controller(agent.model, agent.config, seed)
     returns, decisions = [], 0
@@ -129,11 +131,12 @@ def record(agent: SavedAgent, episodes: int, seed: int, path: Path) -> Evaluatio
 
 
 def _step_seconds(env: gymnasium.Env, task: str) -> float:
-    seconds = simulator_step_seconds(env)
+    seconds = frame_seconds(env)
     if seconds is None:
         raise UserError(
-            f"task '{task}' does not say how long a simulator step is (a 'dt' attribute), so it "
-            f"cannot be shown at its true speed"
+            f"task '{task}' does not say how long a simulator step is, so it cannot be shown at "
+            f"its true speed; give its class 'dt = 0.05' (in seconds), or a metadata with "
+            f"'render_fps' (in steps per second)"
         )
     return seconds
 

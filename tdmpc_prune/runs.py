@@ -36,12 +36,13 @@ def start(config: TrainConfig, command: list[str]) -> Trainer:
 
     Raises:
         UserError: its folder already holds one, or its pruning cannot be carried out.
-        TaskError: see `envs.make_env`.
+        TaskError: see `envs.make_env`; or the task cannot be played.
     """
     run_dir = Path(config.run_dir) if config.run_dir else default_run_dir(config)
     trainer = Trainer(config, run_dir)
     if trainer.course:
         check(trainer.course, config)
+    trainer.rehearse()
     create_run(run_dir, to_plain(config), command)
     return _begun(trainer)
 
@@ -101,6 +102,9 @@ def finish(trainer: Trainer) -> None:
             f"{size['sparsity']:.3f}), and {size['macs']:,} MACs per decision\n"
             f"what each cut did   {trainer.run_dir / 'course.png'}\n"
         )
+    broken = trainer.progress.broken_episodes
+    if broken:
+        pruned += f"episodes broken off   {broken}, and why is in history.jsonl\n"
     print(
         f"return {evaluation.mean:.1f} ± {evaluation.std:.1f} over "
         f"{len(evaluation.returns)} episodes after {trainer.progress.env_steps} env steps\n"

@@ -4,7 +4,8 @@ The run is a sequence of small steps (one decision, one update, one evaluation),
 that the next step depends on is in the checkpoint. A run that was stopped or killed therefore goes
 on with the very numbers that it would have had. Only the simulator's state cannot be saved: each
 episode starts from a seed of its own, and an episode in progress is taken up again by executing its
-actions anew.
+actions anew. An episode that cannot go on, because its simulator fails or does not repeat itself,
+is broken off like one that ran out of time, and the run goes on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from envs import make_env
+from envs import StepError, TaskError, make_env
 from envs.tasks import default_action_repeat
 from tdmpc_prune import pruning_steps
 from tdmpc_prune.agent.learner import Learner, NonFiniteLoss
@@ -39,6 +40,7 @@ from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.evaluation import (
     Evaluation,
     agent_size,
+    check_sizes,
     evaluate,
     median_decision_milliseconds,
 )
@@ -48,6 +50,7 @@ from tdmpc_prune.runtime import choose_device, set_threads
 from tdmpc_prune.signals import Stopped, StopRequest
 
 EVALUATION_SEED = 1_000_000  # the initial states of evaluations are the same in every run
+BROKEN_IN_A_ROW = 3  # episodes, after which a run does not go on
 
 
 @dataclass
@@ -62,6 +65,8 @@ class Progress:
     next_importance: int = 0  # env steps at which importance is logged
     episodes_to_gather: int = 0  # played for the replay buffer alone, not counted as env steps
     history: int = 0  # lines of the history
+    broken_episodes: int = 0
+    broken_in_a_row: int = 0
 
 
 @dataclass
@@ -72,6 +77,7 @@ class EpisodeInProgress:
     planned: bool  # False in the random episodes at the start
     actions: list[np.ndarray] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    env_steps: int = 0
 
 
 class Trainer:
@@ -108,6 +114,7 @@ class Trainer:
 
         self.progress = Progress(next_evaluation=min(config.eval_every, config.env_steps))
         self.episode: EpisodeInProgress | None = None
+        self._lost: str | None = None  # why the episode in progress cannot be taken up
         self.means = self._first_means()
         self.commands: list[str] = []  # that led to this agent, its parents' first
         self.last_evaluation: Evaluation | None = None
@@ -130,7 +137,8 @@ class Trainer:
 
         Raises:
             Stopped: a signal came; the state is saved.
-            RunError: a loss is not finite (the state before it is saved), or saving failed.
+            RunError: a loss is not finite (the state before it is saved), the task fails again
+                and again (likewise), or saving failed.
         """
         self.log = RunLog(
             self.run_dir, self.progress.env_steps, self.config.env_steps, self.progress.history
@@ -138,11 +146,20 @@ class Trainer:
         self.log.hyperparameters(to_plain(self.config), "return")
         try:
             with self._stop_request:
+                if self._lost:
+                    self._end_episode(False, self._lost)
                 while self.step():
                     if self._stop_request:
                         self._stop()
             if self.course:
                 pruning_steps.show(self)
+        except TaskError as error:
+            self.progress.broken_in_a_row = 0  # going on is a new attempt
+            saved = self.save()
+            raise RunError(
+                f"stopped at {self.progress.env_steps} env steps because {error}; the state is "
+                f"saved in {saved}; when the task is mended, go on with resume={self.run_dir}"
+            ) from error
         except OSError as error:
             raise RunError(
                 f"writing to '{self.run_dir}' failed: {error.strerror}; the newest checkpoint "
@@ -178,8 +195,29 @@ class Trainer:
             self._decide()
         return True
 
+    def rehearse(self) -> None:
+        """Try the task before anything is written: a reset and a step.
+
+        Raises:
+            StepError: it cannot be played.
+        """
+        self.env.reset(seed=self._episode_seed(self.progress.episodes))
+        self.env.step(np.zeros(self.action_width, np.float32))
+
     def _decide(self) -> None:
         """One decision, and what follows if the episode ends with it."""
+        try:
+            self._act()
+        except StepError as error:
+            progress = self.progress
+            self._end_episode(False, str(error))
+            progress.broken_in_a_row += 1
+            if progress.broken_in_a_row == BROKEN_IN_A_ROW:
+                raise StepError(
+                    f"{BROKEN_IN_A_ROW} episodes in a row could not go on, the last because {error}"
+                ) from error
+
+    def _act(self) -> None:
         began = time.perf_counter()
         progress, learning = self.progress, self.config.model.learning
         if self.episode is None:
@@ -196,12 +234,14 @@ class Trainer:
         episode.observations.append(observation)
         episode.actions.append(action)
         episode.rewards.append(reward)
+        episode.env_steps = info["env_steps"]
         progress.decisions += 1
         if episode.planned:
             self._averages.add({"speed/milliseconds per decision": _milliseconds(began)})
-        self.log.progress(progress.env_steps + info["env_steps"])
+        self.log.progress(progress.env_steps + episode.env_steps)
         if terminated or truncated:
-            self._end_episode(terminated, info["env_steps"])
+            progress.broken_in_a_row = 0
+            self._end_episode(terminated)
 
     def _planned_action(self, observation: np.ndarray) -> np.ndarray:
         config, decisions = self.config.model, self.progress.decisions
@@ -231,35 +271,54 @@ class Trainer:
         )
         return decision.actions[0].cpu().numpy()
 
-    def _end_episode(self, terminated: bool, env_steps: int) -> None:
-        progress, episode = self.progress, self.episode
-        self.replay.add(
-            Episode(
-                np.stack(episode.observations),
-                np.stack(episode.actions),
-                np.array(episode.rewards, np.float32),
-                terminated,
-            )
-        )
-        self.episode = None
+    def _end_episode(self, terminated: bool, broken: str | None = None) -> None:
+        """Take the episode into the replay buffer and into the books.
+
+        Args:
+            terminated: the task ended it, not a time limit.
+            broken: why it was broken off before its next step, or even its first.
+        """
+        progress, episode = self.progress, self.episode or EpisodeInProgress([], planned=False)
+        self.episode = self._lost = None
         progress.episodes += 1
+        if episode.actions:
+            self.replay.add(
+                Episode(
+                    np.stack(episode.observations),
+                    np.stack(episode.actions),
+                    np.array(episode.rewards, np.float32),
+                    terminated,
+                )
+            )
         if progress.episodes_to_gather:
-            progress.episodes_to_gather -= 1
+            if broken:
+                self._note_broken(broken, decisions=len(episode.actions))
+            if episode.actions:
+                progress.episodes_to_gather -= 1
             self._averages.take()
             return
-        progress.env_steps += env_steps
+        progress.env_steps += episode.env_steps
         progress.updates_due += (
             len(episode.actions) * self.config.model.learning.updates_per_decision
         )
         episode_return = float(sum(episode.rewards))
+        if broken:
+            self._note_broken(
+                broken,
+                decisions=progress.decisions,
+                updates=self.learner.updates,
+                episode_return=episode_return,
+                length=episode.env_steps,
+            )
+            return
         self.log.record(
             "episode",
             progress.env_steps,
             decisions=progress.decisions,
             updates=self.learner.updates,
             episode_return=episode_return,
-            length=env_steps,
-            terminated=bool(terminated),
+            length=episode.env_steps,
+            terminated=terminated,
         )
         scalars = {"training/return": episode_return, "training/decisions": progress.decisions}
         if episode.planned:
@@ -274,6 +333,14 @@ class Trainer:
             if progress.env_steps >= progress.next_importance:  # five times an evaluation
                 progress.next_importance = progress.env_steps + self.config.eval_every // 5
                 pruning_steps.log_importance(self)
+
+    def _note_broken(self, reason: str, **about: Any) -> None:
+        """Count and tell an episode that was broken off."""
+        progress = self.progress
+        progress.broken_episodes += 1
+        self.log.record("broken episode", progress.env_steps, reason=reason, **about)
+        self.log.scalars(progress.env_steps, {"training/broken episodes": progress.broken_episodes})
+        self.log.say(f"episode broken off at {progress.env_steps} env steps: {reason}")
 
     def _update(self) -> None:
         """One update from the replay buffer."""
@@ -344,6 +411,7 @@ class Trainer:
             return self.last_evaluation.first(episodes)
         self.log.progress(doing="evaluating")
         config = self.config
+        broken: list[StepError] = []
         evaluation = evaluate(
             self.model,
             config.model,
@@ -352,8 +420,11 @@ class Trainer:
             episodes,
             EVALUATION_SEED,
             interrupted=lambda: bool(self._stop_request),
+            broken=broken.append,
         )
         if evaluation is not None:
+            for error in broken:  # their returns are those up to there
+                self._note_broken(str(error), evaluation=True)
             self.last_evaluation, self._evaluated = evaluation, agent
             self.log.progress(doing="training")
         return evaluation
@@ -435,7 +506,11 @@ class Trainer:
             "device": self.device.type,
             "episode": None
             if episode is None
-            else {"planned": episode.planned, "rewards": episode.rewards},
+            else {
+                "planned": episode.planned,
+                "rewards": episode.rewards,
+                "env_steps": episode.env_steps,
+            },
             "evaluation": vars(evaluation) if evaluation else None,
             "evaluated": self._evaluated,
         }
@@ -529,8 +604,13 @@ class Trainer:
         progress.next_evaluation = min(following, config.env_steps)
 
     def take_learner(self, model: WorldModel, state: dict[str, Any], updates: int) -> None:
-        """Go on with this model, and with its learner's saved state if there is one."""
+        """Go on with this model, and with its learner's saved state if there is one.
+
+        Raises:
+            UserError: the model is not for this task's observations and actions.
+        """
         agent = self.config.model
+        check_sizes(model, self.env, self.config.task)
         self.learner = Learner(model.to(self.device), agent.planner, agent.learning)
         self.learner.updates = updates
         self._evaluated = None
@@ -538,20 +618,36 @@ class Trainer:
             self.learner.load_state(state, updates)
 
     def _take_up_episode(
-        self, actions: np.ndarray, observations: np.ndarray, planned: bool, rewards: list[float]
+        self,
+        actions: np.ndarray,
+        observations: np.ndarray,
+        planned: bool,
+        rewards: list[float],
+        env_steps: int | None = None,  # absent from older checkpoints
     ) -> None:
-        """Bring the simulator to where it was, by executing the episode's actions again."""
-        observation, _ = self.env.reset(seed=self._episode_seed(self.progress.episodes))
-        again = [observation]
-        for action in actions:
-            observation, *_ = self.env.step(action)
-            again.append(observation)
+        """Bring the simulator to where it was, by executing the episode's actions again.
+
+        If it does not come there, the episode will be broken off where it is.
+        """
+        if env_steps is None:
+            env_steps = len(actions) * self.action_repeat
+        self.episode = EpisodeInProgress(
+            list(observations), planned, list(actions), rewards, env_steps
+        )
+        try:
+            observation, _ = self.env.reset(seed=self._episode_seed(self.progress.episodes))
+            again = [observation]
+            for action in actions:
+                observation, *_ = self.env.step(action)
+                again.append(observation)
+        except StepError as error:
+            self._lost = f"it cannot be taken up again: {error}"
+            return
         if not np.array_equal(np.stack(again), observations):
-            raise UserError(
+            self._lost = (
                 f"task '{self.config.task}' does not repeat itself under the same seed and "
                 f"actions, so the episode in progress cannot be taken up again"
             )
-        self.episode = EpisodeInProgress(again, planned, list(actions), rewards)
 
     def _stop(self) -> None:
         self.save()

@@ -66,6 +66,63 @@ class Exploding(Reach):
         return observation, np.nan if self.taken > 40 else reward, *rest
 
 
+class InPlace(Reach):
+    """Changes the very array that it has returned."""
+
+    def reset(self, **given):
+        observation, info = super().reset(**given)
+        self.kept = observation
+        return self.kept, info
+
+    def step(self, action):
+        action *= 0.5
+        self.kept *= 0.9
+        return self.kept, 0.0, False, False, {}
+
+
+class Rare(Reach):
+    """Raises in the ninth step of one episode in five."""
+
+    def reset(self, **given):
+        returned = super().reset(**given)
+        self.left = 8 if self.np_random.random() < 0.2 else np.inf
+        return returned
+
+    def step(self, action):
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("the solver did not converge")
+        return super().step(action)
+
+
+class Unrepeatable(Reach):
+    """Starts where no seed says."""
+
+    starts = 0
+
+    def reset(self, **given):
+        super().reset(**given)
+        Unrepeatable.starts += 1
+        self.x = 0.5 / Unrepeatable.starts
+        return self._observe(), {}
+
+
+class Plain(Reach):
+    """Knows nothing of drawing."""
+
+    def __init__(self):
+        pass
+
+
+class Drawn(Reach):
+    """Draws itself, and says how fast it is to be shown."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 25}  # noqa: RUF012
+
+    def render(self):
+        return np.full((32, 48, 3), int(100 + 50 * self.x), np.uint8)
+
+
 for name, environment in list(globals().items()):
     if isinstance(environment, type) and issubclass(environment, Reach):
         gymnasium.register(f"{name}-v0", environment, max_episode_steps=REACH_STEPS)

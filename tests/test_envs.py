@@ -112,7 +112,7 @@ def test_pictures():
     ("task", "message"),
     [
         ("cartpole-swngup", "closest are cartpole-swingup"),
-        ("gym:Pendulum-v7", "closest are Pendulum-v1"),
+        ("gym:Pendulum-v7", "closest are gym:Pendulum-v1"),
         ("gym:CartPole-v1", "Discrete actions"),
         ("gym:tests.synthetic:Dictionary-v0", "Dict observations"),
         ("gym:no.such.module:X-v0", "cannot be made"),

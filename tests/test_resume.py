@@ -17,7 +17,9 @@ from tdmpc_prune import runs
 from tdmpc_prune.checkpoint import checkpoint_dir, load_tensors
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.signals import Stopped
+from tdmpc_prune.training import EVALUATION_SEED
 from tests.small import AGENT, small_config
+from tests.synthetic import Reach
 
 ROOT = Path(__file__).parents[1]
 
@@ -208,13 +210,112 @@ def test_a_run_is_never_overwritten(whole_run):
 
 
 def test_a_non_finite_loss_stops_the_run_with_a_saved_state(tmp_path):
-    task = "gym:tests.synthetic:Exploding-v0"
-    trainer = runs.start(small_config(tmp_path / "run", task=task), [])
-    with pytest.raises(RunError, match="reward loss is nan"):
+    model = replace(AGENT, learning=replace(AGENT.learning, learning_rate=1e30))
+    trainer = runs.start(small_config(tmp_path / "run", model=model), [])
+    with pytest.raises(RunError, match=r"is inf; the state is saved in .* try a smaller"):
         trainer.run()
     tensors, *_ = final_state(tmp_path / "run")
-    for (name, key), value in tensors.items():
-        assert name == "replay" or torch.isfinite(value.float()).all(), key
+    for (_, key), value in tensors.items():
+        assert torch.isfinite(value.float()).all(), key
+
+
+def test_a_reward_that_stays_non_finite_stops_the_run_and_none_is_saved(tmp_path):
+    task = "gym:tests.synthetic:Exploding-v0"
+    trainer = runs.start(small_config(tmp_path / "run", task=task), [])
+    with pytest.raises(RunError, match=r"3 episodes in a row .* its reward is nan \(in step 1 of"):
+        trainer.run()
+    tensors, *_ = final_state(tmp_path / "run")
+    for (_, key), value in tensors.items():
+        assert torch.isfinite(value.float()).all(), key
+
+
+def test_episodes_that_break_off_are_counted_and_resumed_exactly(tmp_path):
+    """What came before is learnt from; the run goes on, and goes on exactly after a stop."""
+    task = "gym:tests.synthetic:Rare-v0"
+    whole = runs.start(small_config(tmp_path / "whole", task=task), [])
+    whole.run()
+    broken = [line for line in history(tmp_path / "whole") if line["kind"] == "broken episode"]
+    assert broken and whole.progress.broken_episodes == len(broken)
+    assert "ValueError: the solver did not converge (in step " in broken[0]["reason"]
+    assert whole.progress.env_steps >= 200
+    stored = [line.get("length", 0) for line in history(tmp_path / "whole")]
+    assert sum(stored) == whole.progress.env_steps
+    trainer = runs.start(small_config(tmp_path / "stopped", task=task), [])
+
+    def stopped(step=trainer.step):
+        if trainer.progress.broken_episodes and trainer.episode:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step()
+
+    trainer.step = stopped
+    with pytest.raises(Stopped):
+        trainer.run()
+    resume(tmp_path / "stopped").run()
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_task_that_always_fails_stops_saved_and_goes_on_when_mended(tmp_path, monkeypatch):
+    trainer = runs.start(small_config(tmp_path / "run"), [])
+
+    def fail(self, action):
+        raise AssertionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Reach, "step", fail)
+        with pytest.raises(
+            RunError, match=r"3 episodes in a row .* raised AssertionError .* saved"
+        ):
+            trainer.run()
+    evaluation = resume(tmp_path / "run").run()
+    assert len(evaluation.returns) == 2
+    assert [line["kind"] for line in history(tmp_path / "run")][:3] == ["broken episode"] * 3
+
+
+def test_a_failure_during_an_evaluation_does_not_end_the_run(tmp_path, monkeypatch):
+    started = []
+    whole = Reach.reset
+
+    def first_evaluation_fails(self, *, seed=None, options=None):
+        if seed == EVALUATION_SEED and not started:
+            started.append(seed)
+            raise RuntimeError("no licence left")
+        return whole(self, seed=seed, options=options)
+
+    monkeypatch.setattr(Reach, "reset", first_evaluation_fails)
+    runs.start(small_config(tmp_path / "run"), []).run()
+    (broken,) = [line for line in history(tmp_path / "run") if line["kind"] == "broken episode"]
+    assert (
+        broken["evaluation"]
+        and f"at the reset of the episode from seed {EVALUATION_SEED}" in (broken["reason"])
+    )
+
+
+def test_a_task_that_does_not_repeat_itself_is_resumed_without_the_episode(tmp_path, capsys):
+    """Stopped in the middle of an episode, again and again."""
+    config = small_config(tmp_path / "run", task="gym:tests.synthetic:Unrepeatable-v0")
+    trainer, stops = runs.start(config, []), 0
+    while True:
+
+        def stopped(step=trainer.step, trainer=trainer, stops=stops):
+            if stops < 4 and trainer.episode and len(trainer.episode.actions) == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step()
+
+        trainer.step = stopped
+        try:
+            trainer.run()
+            break
+        except Stopped:
+            stops += 1
+            trainer = resume(tmp_path / "run")
+    assert stops == 4
+    lines = [line for line in history(tmp_path / "run") if line["kind"] == "broken episode"]
+    assert len(lines) == trainer.progress.broken_episodes == 4
+    assert all("does not repeat itself" in line["reason"] for line in lines)
+    assert capsys.readouterr().out.count("does not repeat itself") == 4
+    lengths = [line.get("length", 0) for line in history(tmp_path / "run")]
+    assert sum(lengths) == trainer.progress.env_steps >= 200  # what was played is kept
+    assert 8 in lengths or 7 in lengths
 
 
 def test_episodes_of_one_decision(tmp_path):

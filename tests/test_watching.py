@@ -308,5 +308,5 @@ def test_without_egl_or_the_extra_a_film_is_refused(agents, tmp_path, monkeypatc
         capture_output=True,
         text=True,
     )
-    assert "pip install 'tdmpc-prune[video]'" in done.stdout, done.stderr
+    assert "pip install -e '.[video]'" in done.stdout, done.stderr  # on no index
     assert not (tmp_path / "out.mp4").exists()
