@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 from tqdm import tqdm
 
-from envs import Film, Viewer, make_env, simulator_step_seconds
+from envs import Film, Viewer, make_env, observation_layout, simulator_step_seconds
 from tdmpc_prune.checkpoint import SavedAgent
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.evaluation import Controller, Evaluation, evaluate
@@ -63,7 +63,7 @@ def view(agent: SavedAgent, seed: int) -> Iterator[str]:
     env = make_env(agent.task, action_repeat=1)
     step_seconds = _step_seconds(env, agent.task)
     period = 1000 * step_seconds * agent.action_repeat
-    controller = Controller(agent.model, agent.config, seed)
+    controller = Controller(agent.model, agent.config, seed, observation_layout(env))
     with Viewer(env) as viewer:
         while viewer.is_open:
             viewer.reset_wanted = False
@@ -114,7 +114,7 @@ def record(agent: SavedAgent, episodes: int, seed: int, path: Path) -> Evaluatio
     began = time.perf_counter()
     env = make_env(agent.task, action_repeat=1, render_mode="rgb_array")
     step_seconds = _step_seconds(env, agent.task)
-    controller = Controller(agent.model, agent.config, seed)
+    controller = Controller(agent.model, agent.config, seed, observation_layout(env))
     returns, decisions = [], 0
     env.reset(seed=seed)
     with Film(path, env, step_seconds) as film:
