@@ -114,7 +114,7 @@ def test_the_example_needs_no_pytorch(graphs, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "over 1 episodes" in done.stdout
+    assert "over 1 episode" in done.stdout
 
 
 def test_commands(agent, tmp_path):
@@ -123,7 +123,7 @@ def test_commands(agent, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "cartpole-swingup-policy.onnx" in done.stdout
     done = run("run_exported.py", "cartpole-swingup-policy.onnx", "1", cwd=tmp_path)
-    assert done.returncode == 0 and "over 1 episodes" in done.stdout, done.stderr
+    assert done.returncode == 0 and "over 1 episode" in done.stdout, done.stderr
     for script, arguments, message in (
         ("run_exported.py", [POLICY, "1", "walker-walk"], "takes observations of 5 numbers"),
         ("run_exported.py", ["gone.onnx"], "must both be there"),
