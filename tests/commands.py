@@ -14,8 +14,12 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+import absl.logging
 import torch
 from hydra.core.global_hydra import GlobalHydra
+
+# Hydra closes every log handler, and that of absl (dm_control's) would close pytest's stderr, too.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 ROOT = Path(__file__).parents[1]
 REACH = "task=gym:tests.synthetic:Reach-v0"
