@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import deque
 
 import gymnasium
 
@@ -22,6 +23,7 @@ _LATE = 0.25  # s; a frame later than this does not make the next ones hurry
 _LONGEST_GAP = 0.1  # s between frames, however slow drawing is
 _IDLE = 0.02  # s between frames while paused
 _CLOSING = 10.0  # s that the window may take to close
+_MEASURED = 1.0  # s over which the real speed is measured
 
 
 class Viewer:
@@ -52,7 +54,10 @@ class Viewer:
         self.speed = 1.0
         self.reset_wanted = False
         self.frames = 0
+        self.real_speed: float | None = None  # measured; None while there is nothing to measure
         self._due = self._shown = time.perf_counter()
+        self._simulated = 0.0  # s so far
+        self._pace: deque[tuple[float, float]] = deque()  # (time, simulated) of the latest frames
         others = set(threading.enumerate())
         self._handle = viewer.launch_passive(
             inner.model, inner.data, key_callback=self._key, show_left_ui=False, show_right_ui=False
@@ -84,8 +89,9 @@ class Viewer:
 
         Args:
             seconds: simulated time since the frame before.
-            texts: name → value, in a corner of the window.
+            texts: name → value, in a corner of the window; few and short, it hides what is there.
         """
+        self._simulated += seconds
         now = time.perf_counter()
         self._due = max(self._due + seconds / self.speed, now - _LATE)
         if now > self._due and now < self._shown + _LONGEST_GAP:
@@ -94,15 +100,33 @@ class Viewer:
         self._sync(texts)
         while self.paused and not self.reset_wanted and self.is_open:
             time.sleep(_IDLE)
+            self._pace.clear()
             self._sync(texts)
             self._due = time.perf_counter()
 
     def _sync(self, texts: dict[str, str]) -> None:
-        shown = texts | {"speed": "paused" if self.paused else f"{self.speed:g} x", "keys": KEYS}
-        self._handle.set_texts((None, None, "\n".join(shown), "\n".join(shown.values())))
+        from mujoco import mjtFontScale, mjtGridPos
+
+        self._measure()
+        real = "" if self.real_speed is None else f" (real {self.real_speed:.2g} x)"
+        speed = "paused (Space)" if self.paused else f"{self.speed:g} x{real}"
+        shown = texts | {"speed": speed}
+        # Small and low: the robot is in the middle, and F1 fills the left with MuJoCo's keys.
+        place = (mjtFontScale.mjFONTSCALE_100, mjtGridPos.mjGRID_BOTTOMRIGHT)
+        self._handle.set_texts((*place, "\n".join(shown), "\n".join(shown.values())))
         self._handle.sync()
         self._shown = time.perf_counter()
         self.frames += 1
+
+    def _measure(self) -> None:
+        """How fast simulated time really went by of late."""
+        now = time.perf_counter()
+        self._pace.append((now, self._simulated))
+        while now - self._pace[0][0] > _MEASURED and len(self._pace) > 2:
+            self._pace.popleft()
+        began, simulated = self._pace[0]
+        known = now > began and self._simulated > simulated
+        self.real_speed = (self._simulated - simulated) / (now - began) if known else None
 
     def _key(self, key: int) -> None:
         """Called by the window's own thread."""

@@ -10,6 +10,7 @@ from tdmpc_prune.config import BenchmarkConfig
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.files import write_file
 from tdmpc_prune.runtime import choose_device, set_threads
+from tdmpc_prune.words import counted
 
 
 def main(config: BenchmarkConfig, given: list[str]) -> None:
@@ -25,7 +26,7 @@ def main(config: BenchmarkConfig, given: list[str]) -> None:
         if parent is None:
             raise UserError(f"'{config.checkpoint}' names no dense parent that is there")
         result = gain(agent, parent, config.episodes, config.seed, config.repeats)
-        print(f"{agent.task}, {device}, {config.threads} thread(s)\n\n{result.text()}")
+        print(f"{agent.task}, {device}, {counted(config.threads, 'thread')}\n\n{result.text()}")
         values = asdict(result) | {"times_faster": result.times_faster}
     else:
         result = benchmark(config.model, config.task, config.environments, config.repeats, device)

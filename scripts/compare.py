@@ -7,6 +7,7 @@ from pathlib import Path
 from tdmpc_prune import compare
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.files import write_file
+from tdmpc_prune.words import narrowed
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
         ways = compare.paths(measured)
         if ways:
             table += f"\n\nThe path of pruning:\n\n{compare.path_table(ways)}"
-        print(table)
+        print(narrowed(table))
         curves = compare.curve_table(measured)
         write_file(f"{arguments.out}.md", f"{table}\n\n{curves}\n", "--out")
         write_file(f"{arguments.out}.csv", compare.write_csv(measured), "--out")

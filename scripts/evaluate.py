@@ -9,6 +9,7 @@ from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import EvaluateConfig
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.runtime import choose_device, set_threads
+from tdmpc_prune.words import narrowed
 
 
 def main(config: EvaluateConfig, given: list[str]) -> None:
@@ -36,7 +37,7 @@ def main(config: EvaluateConfig, given: list[str]) -> None:
     if config.play_parent:
         played = playing.measure(parent, config.episodes, config.seed)
     found = agent_report.columns(agent, evaluation, parent, played)
-    print(agent_report.text(found, evaluation, config.seed))
+    print(narrowed(agent_report.text(found, evaluation, config.seed)))
     if config.video:
         print(f"filmed in {config.video}")
     if config.save:

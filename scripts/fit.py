@@ -8,6 +8,7 @@ from tdmpc_prune.checkpoint import command_line
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import FitConfig
 from tdmpc_prune.runtime import set_threads
+from tdmpc_prune.words import narrowed
 
 
 def main(config: FitConfig, given: list[str]) -> None:
@@ -20,7 +21,7 @@ def main(config: FitConfig, given: list[str]) -> None:
         config = replace(config, checkpoint=str(trainer.run_dir))
     set_threads(config.threads)
     found = fit.fit(config, folder, command_line(sys.argv))
-    print(found.table() if found.played else "no candidate is fast enough")
+    print(narrowed(found.table()) if found.played else "no candidate is fast enough")
     if found.fitted is None:
         raise fit.failure(found, config)
     print(f"\n{found.sentence(config)}\nsaved in {folder}, with its card and frontier.png")

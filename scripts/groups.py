@@ -6,12 +6,13 @@ from tdmpc_prune.command_line import run_command
 from tdmpc_prune.compression import agent_groups
 from tdmpc_prune.config import GroupsConfig
 from tdmpc_prune.files import write_file
+from tdmpc_prune.words import narrowed
 
 
 def main(config: GroupsConfig, given: list[str]) -> None:
     """Find the groups of an agent by tracing what it computes, and what a unit of each costs."""
     structure = agent_groups(config)
-    print(structure.table())
+    print(narrowed(structure.table()))
     if config.json:
         write_file(config.json, json.dumps(structure.as_json(), indent=1) + "\n", "json")
         print(f"\nwritten to {config.json}")

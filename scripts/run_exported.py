@@ -58,7 +58,9 @@ def main() -> None:
     except (TaskError, ValueError, RuntimeError) as found:  # the last: of ONNX Runtime
         error = str(found).splitlines()[0]
     else:
-        print(f"return {np.mean(returns):.1f} ± {np.std(returns):.1f} over {len(returns)} episodes")
+        spread = f" ± {np.std(returns):.1f}" if len(returns) > 1 else ""
+        count = f"{len(returns)} episode{'s' if len(returns) > 1 else ''}"
+        print(f"return {np.mean(returns):.1f}{spread} over {count}")
         return
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2)

@@ -6,13 +6,14 @@ from tdmpc_prune import stability
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import StabilityConfig
 from tdmpc_prune.files import check_folder, write_file
+from tdmpc_prune.words import narrowed
 
 
 def main(config: StabilityConfig, given: list[str]) -> None:
     """Certify, on sampled states, how far the agents of a pruning run may be compressed."""
     check_folder(config.out, "out")
     found = stability.judge(config)
-    print(stability.text(found, config))
+    print(narrowed(stability.text(found, config)))
     certificate = json.dumps(stability.certificate(found, config), indent=1)
     write_file(f"{config.out}.json", certificate + "\n", "out")
     write_file(f"{config.out}-gap.csv", stability.trajectories(found), "out")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from tdmpc_prune.checkpoint import SavedAgent, save_agent
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.evaluation import Evaluation, agent_size, decision_milliseconds
 from tdmpc_prune.runtime import machine
+from tdmpc_prune.words import COLUMNS, counted, mean_and_std
 
 CARD = "card.md"
 _REPEATS = 20  # timed decisions of each agent
@@ -86,17 +88,18 @@ def text(found: list[Column], evaluation: Evaluation, seed: int) -> str:
     """All that `evaluate.py` prints."""
     agent = found[0].agent
     lines = [
-        f"{agent.task}, {len(evaluation.returns)} episodes from seed {seed}, after "
+        f"{agent.task}, {counted(len(evaluation.returns), 'episode')} from seed {seed}, after "
         f"{agent.provenance['env_steps']} env steps of training",
         "",
         table(found),
         "",
-        f"per episode: {', '.join(f'{value:.1f}' for value in evaluation.returns)}",
+        fill(f"per episode: {', '.join(f'{value:.1f}' for value in evaluation.returns)}", COLUMNS),
     ]
     if len(found) > 1 and found[1].source == "recorded" and found[1].returns:
         count = len(found[1].returns)
         lines.append(
-            f"the parent's return is on file, of {count} episodes; play_parent=true plays it"
+            f"the parent's return is on file, of {counted(count, 'episode')}; play_parent=true "
+            f"plays it"
         )
     return "\n".join(lines)
 
@@ -168,10 +171,10 @@ def _card(name: str, found: list[Column], measured: dict[str, Any]) -> str:
         "",
         table(found),
         "",
-        f"Returns are of {len(returns)} episodes from seed {measured['seed']}: "
+        f"Returns are of {counted(len(returns), 'episode')} from seed {measured['seed']}: "
         + ", ".join(f"{value:.0f}" for value in returns)
         + ". Milliseconds per decision: one environment, "
-        f"{measured['threads']} thread{'s' if measured['threads'] > 1 else ''} of a "
+        f"{counted(measured['threads'], 'thread')} of a "
         f"{measured['machine']}, whatever else it was doing.",
     ]
     if len(found) > 1 and found[1].source == "recorded":
@@ -192,5 +195,5 @@ def _budget(agent: SavedAgent) -> str:
 def _return(column: Column) -> str:
     if not column.returns:
         return "not on file"
-    shown = f"{np.mean(column.returns):.1f} ± {np.std(column.returns):.1f}"
+    shown = mean_and_std(column.returns)
     return shown if column.source == "measured" else f"{shown} ({column.source})"

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tdmpc_prune import pruning_steps
+from tdmpc_prune import pruning_report, pruning_steps
 from tdmpc_prune.autoencoder.data import load_images
 from tdmpc_prune.autoencoder.learner import AutoencoderLearner
 from tdmpc_prune.autoencoder.model import Autoencoder, Widths, psnr
@@ -41,6 +41,7 @@ from tdmpc_prune.pruning.tracing import Computation
 from tdmpc_prune.run_log import Averages, RunLog
 from tdmpc_prune.runtime import set_threads, versions
 from tdmpc_prune.signals import Stopped, StopRequest
+from tdmpc_prune.words import counted
 
 FORMAT = "tdmpc_prune autoencoder"
 _SHOWN = 10  # images in the pictures
@@ -137,6 +138,7 @@ class AutoencoderTrainer:
         """
         self.log = RunLog(self.run_dir, self.now, self.config.updates, self._history, "updates")
         self.log.hyperparameters(to_plain(self.config), "PSNR")
+        self.log.say(self._first_line())
         try:
             with self._stop_request:
                 while self.step():
@@ -155,6 +157,15 @@ class AutoencoderTrainer:
         finally:
             self.log.close()
         return float(np.mean(self._psnr()))
+
+    def _first_line(self) -> str:
+        """What the run is about to do."""
+        config, since = self.config, f" from {self.now:,}" if self.now else ""
+        cuts = f"; {pruning_report.announcement(self.course, self.now)}" if self.course else ""
+        return (
+            f"autoencoder of {config.data.name}: {counted(self.size()['parameters'], 'parameter')} "
+            f"on cpu{since} to {config.updates:,} updates{cuts}"
+        )
 
     def step(self) -> bool:
         """The next small step of the run; False once it has reached its end."""
@@ -212,7 +223,10 @@ class AutoencoderTrainer:
         self.log.record("evaluation", self.now, mean=mean, std=std, **size)
         self.log.scalars(self.now, {"evaluation/PSNR": mean} | self._averages.take())
         self.log.networks(self.now, size, None)
-        self.log.progress(psnr=f"{mean:.2f} dB")
+        self.log.say(
+            f"evaluation at {self.now:,} updates: PSNR {mean:.2f} dB over "
+            f"{counted(len(values), 'image')}, sparsity {size['sparsity']:.3f}"
+        )
         self.save()
 
     def size(self) -> dict[str, float]:

@@ -29,6 +29,7 @@ from tdmpc_prune.pruning.groups import find_groups
 from tdmpc_prune.pruning.importance import Tracker
 from tdmpc_prune.pruning.plan import make_plan
 from tdmpc_prune.pruning.surgery import commit, kept_units
+from tdmpc_prune.words import counted
 
 _SQUARE = 512  # side of the matrices whose product gives the machine's rate
 _WARM_UP = 3
@@ -82,7 +83,7 @@ class Benchmark:
     def table(self) -> str:
         """The measurements as Markdown."""
         lines = [
-            f"{self.parameters} parameters, {self.device}, {self.threads} thread(s), "
+            f"{self.parameters} parameters, {self.device}, {counted(self.threads, 'thread')}, "
             f"{self.gflops:.0f} GFLOP/s in a {_SQUARE} x {_SQUARE} product",
             "",
             "| | ms (median) | floor, ms | times the floor | GFLOP |",

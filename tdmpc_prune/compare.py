@@ -208,7 +208,7 @@ def table(measured: list[Measured]) -> str:
             )
         )
     names = ["task", "arm", "cuts", "runs", "undone in", "env steps", "sparsity", "parameters"]
-    names += ["planning MACs", "ms per decision", "return (each run)", "of dense"]
+    names += ["planning MACs", "ms", "return (each run)", "of dense"]
     return tabulate(rows, names, "pipe", disable_numparse=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from tdmpc_prune.agent.config import AgentConfig
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan, planning_macs
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.errors import UserError
+from tdmpc_prune.words import counted
 
 
 @dataclass(frozen=True)
@@ -169,20 +170,32 @@ def agent_size(model: WorldModel, config: AgentConfig) -> dict[str, float]:
     }
 
 
+class ObservationError(UserError):
+    """An observation that no action can follow from, and what is wrong with it."""
+
+
 class Controller:
     """An agent in control of one environment: observation in, action out."""
 
-    def __init__(self, model: WorldModel, config: AgentConfig, seed: int = 0):
+    def __init__(
+        self,
+        model: WorldModel,
+        config: AgentConfig,
+        seed: int = 0,
+        layout: Sequence[Mapping[str, Any]] = (),
+    ):
         """Take control.
 
         Args:
             model: the agent's networks; they stay on their device.
             config: its planner and discount are used.
             seed: of the planner's noise.
+            layout: `envs.observation_layout`, so that errors name the parts of an observation.
         """
         self._model, self._config = model, config
         self._device = next(model.parameters()).device
         self._action_width = model.widths.action
+        self._layout = list(layout)
         self._generator = torch.Generator(self._device).manual_seed(seed)
         self.reset()
 
@@ -191,14 +204,52 @@ class Controller:
         planner = self._config.planner
         self._means = first_means(planner, 1, self._action_width, self._device)
 
-    def act(self, observation: np.ndarray) -> np.ndarray:
-        """Observation float32 `[O]` → action float32 `[A]` in [-1, 1]."""
+    def act(self, observation: np.ndarray | Sequence[float]) -> np.ndarray:
+        """Observation `[O]` → action float32 `[A]` in [-1, 1].
+
+        Whatever holds O real numbers will do: an array of any precision, a list.
+
+        Raises:
+            ObservationError: it has another shape, or is not finite; the controller is as before.
+        """
+        observation = self._checked(observation)
         planner, discount = self._config.planner, self._config.learning.discount
         noise = draw_noise(planner, 1, self._action_width, self._generator)
         inputs = torch.from_numpy(observation).to(self._device).unsqueeze(0)
         decision = plan(self._model, inputs, self._means, noise, planner, discount)
         self._means = decision.means
         return decision.actions[0].cpu().numpy()
+
+    def _checked(self, observation: Any) -> np.ndarray:
+        """A float32 copy."""
+        try:
+            given = np.asarray(observation)
+        except (ValueError, TypeError, RuntimeError) as error:  # ragged; a tensor elsewhere
+            raise self._refusal(str(error).strip().splitlines()[0]) from error
+        if given.shape != (self._model.widths.observation,):
+            raise self._refusal(f"got shape {list(given.shape)}")
+        if given.dtype.kind not in "fiub":
+            raise self._refusal(f"got {given.dtype}")
+        with np.errstate(over="ignore"):  # it is infinite then
+            converted = np.array(given, np.float32)
+        if not np.isfinite(converted).all():
+            at = int(np.flatnonzero(~np.isfinite(converted))[0])
+            raise ObservationError(f"observation: {self._name(at)} is {given[at]}, not finite")
+        return converted
+
+    def _refusal(self, got: str) -> ObservationError:
+        parts = ", ".join(f"{part['name']} {part['size']}" for part in self._layout)
+        expected = f"{counted(self._model.widths.observation, 'number')} expected"
+        return ObservationError(f"observation: {expected}{parts and f' ({parts})'}; {got}")
+
+    def _name(self, element: int) -> str:
+        """What an element of an observation is called."""
+        first = 0
+        for part in self._layout:
+            if element < first + part["size"]:
+                return f"{part['name']}[{element - first}] (element {element})"
+            first += part["size"]
+        return f"element {element}"
 
 
 def decision_milliseconds(

@@ -6,12 +6,14 @@ outputs with shapes and meaning, what noise to draw, action repeat and control p
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +25,14 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from envs import make_env, observation_layout, simulator_step_seconds
-from tdmpc_prune.agent.planner import PlannerNoise, draw_noise, first_means, plan
+from tdmpc_prune.agent.planner import Plan, PlannerNoise, draw_noise, first_means, margins, plan
 from tdmpc_prune.checkpoint import SavedAgent
 from tdmpc_prune.errors import RunError, UserError
 
 TOLERANCE = 1e-4  # largest difference to PyTorch that an export may have
 CHECKED = 1_000  # random observations that it is checked on
-MOST_JUMPS = 0.05  # of those, at most, may lie where PyTorch itself jumps
-_NUDGES = 16  # slightly changed observations that show whether it does
-_NUDGE = 1e-6  # their change, relative
+MOST_JUMPS = 0.05  # of those, at most, may hang on rounding
+_ROUNDING = 10  # how many times PyTorch's own rounding error a correct graph may be away from it
 _OPSET = 17
 _NOISE = ("samples", "sample_ends", "policy", "policy_ends", "choice")  # no exploration
 
@@ -43,18 +44,45 @@ class _PlannerStep(nn.Module):
         super().__init__()
         self.model = agent.model
         self._planner, self._discount = agent.config.planner, agent.config.learning.discount
+        self._noise = _noise(agent)
 
     def forward(self, observation: Tensor, means: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor]:
-        exploration = torch.zeros(1, means.shape[-1])
-        decision = plan(
+        decision = self.decide(observation, means, *noise)
+        return decision.actions.squeeze(0), decision.means.squeeze(1)
+
+    def decide(self, observation: Tensor, means: Tensor, *noise: Tensor) -> Plan:
+        """The decision for one environment; the noise is what is not empty of `_NOISE`."""
+        given = iter(noise)
+        parts = {
+            name: next(given) if part.numel() else part.to(means)
+            for name, part in self._noise.items()
+        }
+        return plan(
             self.model,
             observation.unsqueeze(0),
             means.unsqueeze(1),
-            PlannerNoise(*noise, exploration),
+            PlannerNoise(**parts, exploration=means.new_zeros(1, means.shape[-1])),
             self._planner,
             self._discount,
         )
-        return decision.actions.squeeze(0), decision.means.squeeze(1)
+
+    def hangs_on_rounding(self, inputs: list[Tensor], difference: float) -> bool:
+        """Whether a correct graph may differ so much from PyTorch for these inputs.
+
+        How large the rounding errors of float32 are here, a plan in float64 tells. The decision
+        jumps where two elites, or an elite and another trajectory, are as good as each other, or
+        where the draw lies between two elites, each to within these errors.
+        """
+        found = self.decide(*inputs)
+        exact = copy.deepcopy(self).double().decide(*(part.double() for part in inputs))
+        gaps, end = margins(found, inputs[-1])
+        ties = [
+            gap <= _ROUNDING * _largest(ours, theirs)
+            for gap, ours, theirs in zip(gaps, found.values, exact.values, strict=True)
+        ]
+        ties.append(end <= _ROUNDING * _largest(found.scores.cumsum(1), exact.scores.cumsum(1)))
+        own = max(_largest(found.actions, exact.actions), _largest(found.means, exact.means))
+        return any(ties) or difference <= _ROUNDING * own
 
 
 class _PolicyStep(nn.Module):
@@ -66,6 +94,13 @@ class _PolicyStep(nn.Module):
 
     def forward(self, observation: Tensor) -> tuple[Tensor]:
         return (self.model.act(self.model.encode(observation)),)
+
+    def hangs_on_rounding(self, inputs: list[Tensor], difference: float) -> bool:
+        """Never: the action follows the observation without a jump."""
+        return False
+
+
+_Step = _PlannerStep | _PolicyStep
 
 
 @dataclass(frozen=True)
@@ -124,10 +159,15 @@ def export(agent: SavedAgent, part: str, path: Path) -> Export:
                 dynamo=False,
             )
         check = _compare(module, _session(ort, graph), inputs, generator)
-        if not check.difference <= TOLERANCE or check.jumps > MOST_JUMPS * CHECKED:
+        if check.difference > TOLERANCE:
             raise RunError(
-                f"the exported {part} differs from PyTorch by {check.difference:.1e} (and "
-                f"{check.jumps} of {CHECKED} observations hang on rounding); nothing was saved"
+                f"the exported {part} differs from PyTorch by {check.difference:.1e}, and not by "
+                f"rounding; nothing was saved"
+            )
+        if check.jumps > MOST_JUMPS * CHECKED:
+            raise RunError(
+                f"the exported {part} differs from PyTorch at {check.jumps} of {CHECKED} "
+                f"observations at which rounding may decide, which is too often; nothing was saved"
             )
         description = _description(agent, part, inputs, outputs) | {
             "largest_difference_to_pytorch": check.difference,
@@ -184,21 +224,27 @@ def _ports(agent: SavedAgent, part: str) -> tuple[list[Port], list[Port]]:
     if part == "policy":
         return [observation], [action]
     means = first_means(planner, 1, widths.action).squeeze(1)
-    noise = vars(draw_noise(planner, 1, widths.action, torch.Generator()))
     inputs = [
         observation,
         Port("means", tuple(means.shape), "next_means of the last decision; zeros after a reset"),
         *(
             Port(
                 f"noise_{name}",
-                tuple(noise[name].shape),
+                tuple(part.shape),
                 "anew at every decision; zeros plan without it",
                 "uniform" if name == "choice" else "normal",
             )
-            for name in _NOISE
+            for name, part in _noise(agent).items()
+            if part.numel()  # without policy trajectories, they have no noise
         ),
     ]
     return inputs, [action, Port("next_means", tuple(means.shape), "hand back as means")]
+
+
+def _noise(agent: SavedAgent) -> dict[str, Tensor]:
+    """One draw of the noise that the graph takes, by name, in its order."""
+    drawn = vars(draw_noise(agent.config.planner, 1, agent.model.widths.action, torch.Generator()))
+    return {name: drawn[name] for name in _NOISE}
 
 
 def _draw(inputs: list[Port], generator: torch.Generator) -> list[Tensor]:
@@ -227,13 +273,12 @@ class _Check:
     torch_ms: float
 
 
-def _compare(module: nn.Module, session, inputs: list[Port], generator: torch.Generator) -> _Check:
+def _compare(module: _Step, session, inputs: list[Port], generator: torch.Generator) -> _Check:
     """Both on random observations with fixed noise.
 
     The planner takes the best sequences of many. Where the last of them is as good as the next to
-    within rounding, two correct programs choose differently, and so does one on two observations
-    that are equal to within rounding. Such observations say nothing about the graph; they are
-    counted.
+    within rounding, two correct programs choose differently. Such observations say nothing about
+    the graph; they are counted.
     """
     largest, jumps, times = 0.0, 0, {"onnx": [], "torch": []}
     names = [port.name for port in inputs]
@@ -251,31 +296,17 @@ def _compare(module: nn.Module, session, inputs: list[Port], generator: torch.Ge
             fed = dict(zip(names, (value.numpy() for value in values), strict=True))
             ours = timed("torch", lambda values=values: module(*values))
             theirs = timed("onnx", lambda fed=fed: session.run(None, fed))
-            difference = _difference(ours, map(torch.from_numpy, theirs))
-            if difference > TOLERANCE and _jumps(module, values, ours, generator):
+            difference = max(map(_largest, ours, map(torch.from_numpy, theirs)))
+            if difference > TOLERANCE and module.hangs_on_rounding(values, difference):
                 jumps += 1
             else:
                 largest = max(largest, difference)
     return _Check(largest, jumps, float(np.median(times["onnx"])), float(np.median(times["torch"])))
 
 
-def _difference(ones: Iterable[Tensor], others: Iterable[Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(ones, others, strict=True))
-
-
-def _jumps(
-    module: nn.Module,
-    values: list[Tensor],
-    result: tuple[Tensor, ...],
-    generator: torch.Generator,
-) -> bool:
-    """Whether PyTorch's own result changes with the last digits of the observation."""
-    observation, *rest = values
-    nudges = torch.randn(_NUDGES, *observation.shape, generator=generator)
-    return any(
-        _difference(module(observation * (1 + _NUDGE * nudge), *rest), result) > TOLERANCE
-        for nudge in nudges
-    )
+def _largest(ones: Tensor, others: Tensor) -> float:
+    """The largest difference; infinite where it is not a number."""
+    return float((ones - others).abs().nan_to_num(math.inf).max())
 
 
 def _description(

@@ -29,6 +29,7 @@ from tdmpc_prune.evaluation import Evaluation, agent_size, decision_milliseconds
 from tdmpc_prune.files import png
 from tdmpc_prune.prune_checkpoint import training_config
 from tdmpc_prune.runs import default_run_dir
+from tdmpc_prune.words import counted, mean_and_std
 
 _SAMPLES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of the agent's own
 _FEWEST_SAMPLES = 16
@@ -100,7 +101,7 @@ class Fit:
                 f"{c.samples} × {c.iterations} × {c.horizon}",
                 f"{c.decision_ms:.2f}",
                 f"{1000 / c.decision_ms:.0f}",
-                f"{c.mean:.1f} ± {np.std(c.returns):.1f}",
+                mean_and_std(c.returns),
                 len(c.returns),
                 "yes" if c in best else "",
             )
@@ -119,12 +120,12 @@ class Fit:
         last = self.confirmations[-1]
         median, slow = last.median_ms, np.percentile(last.decision_ms, 95)
         return (
-            f"{size['parameters']:,} parameters, {planner.samples} samples, {planner.iterations} "
-            f"iterations, horizon {planner.horizon}: {median:.2f} ms per decision "
-            f"({1000 / median:.0f} Hz; 95 % within {slow:.2f} ms), return "
-            f"{last.evaluation.mean:.1f} ± {last.evaluation.std:.1f} over "
-            f"{len(last.evaluation.returns)} other episodes, at least {self.least_return:.1f} "
-            f"was asked for"
+            f"{size['parameters']:,} parameters, {planner.samples} samples, "
+            f"{counted(planner.iterations, 'iteration')}, horizon {planner.horizon}: "
+            f"{median:.2f} ms per decision ({1000 / median:.0f} Hz; 95 % within {slow:.2f} ms), "
+            f"return {mean_and_std(last.evaluation.returns)} over "
+            f"{counted(len(last.evaluation.returns), 'other episode')}, at least "
+            f"{self.least_return:.1f} was asked for"
         )
 
     def csv(self) -> str:
@@ -294,7 +295,7 @@ def fit(config: FitConfig, folder: Path, command: str) -> Fit:
 def failure(result: Fit, config: FitConfig) -> RunError:
     """Why nothing was saved, and what was reached."""
     limits = f"rate_hz={config.rate_hz:g} with max_return_drop={config.max_return_drop:g}"
-    start = f"{limits} cannot be reached here with {config.threads} thread(s)"
+    start = f"{limits} cannot be reached here with {counted(config.threads, 'thread')}"
     if not result.played:
         return RunError(
             f"{start}: the smallest networks and planner budget are too slow; nothing was saved"

@@ -19,6 +19,7 @@ from tdmpc_prune.config import CoefficientsConfig, CompareCoefficientsConfig, by
 from tdmpc_prune.pruning.coefficients import Ranking, by_gradient, by_grid
 from tdmpc_prune.pruning.plan import Plan, make_plan
 from tdmpc_prune.subject import Score, Subject, load_subject
+from tdmpc_prune.words import plus_minus
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def text(found: Found, score: str) -> str:
 
 
 def _shown(score: Score) -> str:
-    return f"{score.mean:.2f} ± {score.interval:.2f}"
+    return plus_minus(score.mean, score.interval, 2)
 
 
 # --- The comparison ---------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ import gymnasium
 import numpy as np
 from tqdm import tqdm
 
-from envs import Film, Viewer, frame_seconds, make_env
+from envs import Film, Viewer, frame_seconds, make_env, observation_layout
+from envs.viewer import KEYS
 from tdmpc_prune.checkpoint import SavedAgent
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.evaluation import Controller, Evaluation, check_sizes, evaluate
@@ -55,7 +55,7 @@ def episode(
 
 
 def view(agent: SavedAgent, seed: int) -> Iterator[str]:
-    """Play episodes in the viewer until its window is closed; a sentence for each.
+    """Play episodes in the viewer until its window is closed: its keys, and a sentence for each.
 
     Raises:
         DisplayError: see `envs.Viewer`.
@@ -64,15 +64,16 @@ def view(agent: SavedAgent, seed: int) -> Iterator[str]:
     check_sizes(agent.model, env, agent.task)
     step_seconds = _step_seconds(env, agent.task)
     period = 1000 * step_seconds * agent.action_repeat
-    controller = Controller(agent.model, agent.config, seed)
+    controller = Controller(agent.model, agent.config, seed, observation_layout(env))
     with Viewer(env) as viewer:
+        yield KEYS
         while viewer.is_open:
             viewer.reset_wanted = False
             decisions: list[float] = []
             for frame in episode(controller, env, agent.action_repeat, seed):
                 if (frame.env_steps - 1) % agent.action_repeat == 0:
                     decisions.append(frame.decision_ms)
-                viewer.show(step_seconds, _texts(agent, frame, step_seconds, period))
+                viewer.show(step_seconds, _texts(frame, step_seconds, period))
                 if viewer.reset_wanted or not viewer.is_open:
                     break
             late = sum(ms > period for ms in decisions)
@@ -89,7 +90,7 @@ def view(agent: SavedAgent, seed: int) -> Iterator[str]:
 
 def measure(agent: SavedAgent, episodes: int, seed: int) -> Evaluation:
     """Play episodes without pictures, all at once."""
-    with tqdm(desc="playing", unit="decision", leave=False) as bar:
+    with tqdm(desc="playing", unit=" decisions", leave=False, disable=None) as bar:
 
         def decided() -> bool:
             bar.update()
@@ -116,16 +117,26 @@ def record(agent: SavedAgent, episodes: int, seed: int, path: Path) -> Evaluatio
     env = make_env(agent.task, action_repeat=1, render_mode="rgb_array")
     check_sizes(agent.model, env, agent.task)
     step_seconds = _step_seconds(env, agent.task)
-    controller = Controller(agent.model, agent.config, seed)
+    controller = Controller(agent.model, agent.config, seed, observation_layout(env))
     returns, decisions = [], 0
+    deciding = drawing = 0.0  # s
     env.reset(seed=seed)
-    with Film(path, env, step_seconds) as film:
+    with (
+        Film(path, env, step_seconds) as film,
+        tqdm(unit=" env steps", leave=False, dynamic_ncols=True, disable=None) as bar,
+    ):
         for i in range(episodes):
+            bar.set_description(f"filming episode {i + 1} of {episodes}")
             for frame in episode(controller, env, agent.action_repeat, seed + i):
+                if (frame.env_steps - 1) % agent.action_repeat == 0:
+                    decisions += 1
+                    deciding += frame.decision_ms / 1000
+                shot = time.perf_counter()
                 film.shoot()
-                total, steps = frame.episode_return, frame.env_steps
-            returns.append(total)
-            decisions += math.ceil(steps / agent.action_repeat)
+                drawing += time.perf_counter() - shot
+                bar.set_postfix_str(f"deciding {deciding:.0f} s, drawing {drawing:.0f} s", False)
+                bar.update()
+            returns.append(frame.episode_return)
     env.close()
     return Evaluation(returns, decisions, time.perf_counter() - began)
 
@@ -141,10 +152,8 @@ def _step_seconds(env: gymnasium.Env, task: str) -> float:
     return seconds
 
 
-def _texts(agent: SavedAgent, frame: Frame, step_seconds: float, period: float) -> dict[str, str]:
+def _texts(frame: Frame, step_seconds: float, period: float) -> dict[str, str]:
     return {
-        "task": agent.task,
-        "time": f"{frame.env_steps * step_seconds:.2f} s",
-        "return": f"{frame.episode_return:.1f}",
+        "return": f"{frame.episode_return:.1f} after {frame.env_steps * step_seconds:.1f} s",
         "decision": f"{frame.decision_ms:.1f} of {period:g} ms",
     }

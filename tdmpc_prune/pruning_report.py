@@ -13,6 +13,7 @@ from tdmpc_prune.checkpoint import read_run
 from tdmpc_prune.files import png, write_file
 from tdmpc_prune.pruning.course import Course
 from tdmpc_prune.run_log import read_history
+from tdmpc_prune.words import counted
 
 
 def save(run_dir: Path, course: Course) -> list[Path]:
@@ -25,14 +26,36 @@ def save(run_dir: Path, course: Course) -> list[Path]:
     return [run_dir / f"{name}.png" for name in figures]
 
 
+def announcement(course: Course, now: int) -> str:
+    """When the cuts come that lie ahead."""
+    schedule = course.schedule
+    times = [schedule.time_of(step) for step in range(course.stage.step + 1, schedule.steps + 1)]
+    if not times:
+        return "no cut is left"
+    # What lies behind is due at once.
+    shown = list(dict.fromkeys("now" if time <= now else f"{time:,.0f}" for time in times))
+    at = ", ".join([*shown[:3], "…", shown[-1]] if len(shown) > 5 else shown)
+    where = "now" if shown == ["now"] else f"at {at} {_words(course.unit)}"
+    return f"{counted(len(times), 'cut')} to sparsity {schedule.sparsity:g} {where}"
+
+
+def cut_sentence(step: int, now: int, target: float, size: dict[str, float], course: Course) -> str:
+    """A cut that was just made, in words."""
+    return (
+        f"cut {step} of {course.schedule.steps} at {now:,} {_words(course.unit)}: sparsity "
+        f"{size['sparsity']:.3f} ({target:.3f} was asked for), {size['parameters']:,} of "
+        f"{sum(course.dense.values()):,} parameters are left"
+    )
+
+
 def sentence(record: dict[str, Any], course: Course) -> str:
     """A finished pruning step in words."""
     recovery, unit = record["recovery"], _words(course.unit)
     took = "not back at 95 %" if recovery is None else f"95 % back after {recovery} {unit}"
     outcome = "kept" if record["kept"] else f"UNDONE: below {record['least']:.4g}"
     return (
-        f"cut {record['step']} of {course.schedule.steps} at {record['cut_at']} {unit}: sparsity "
-        f"{record['sparsity']:.3f} ({record['parameters']} parameters), {course.score} "
+        f"cut {record['step']} of {course.schedule.steps} at {record['cut_at']:,} {unit}: sparsity "
+        f"{record['sparsity']:.3f} ({record['parameters']:,} parameters), {course.score} "
         f"{record['before']['mean']:.4g} before, {record['after']['mean']:.4g} right after, "
         f"{record['recovered']['mean']:.4g} recovered ({took}); {outcome}"
     )

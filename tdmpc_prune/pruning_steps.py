@@ -56,7 +56,9 @@ def gather(run: Run) -> None:
     """Show the tracker the gradients of a batch."""
     run.gather()
     run.course.gathered()
-    run.log.progress(doing=f"gathering gradients ({run.course.stage.gathered})")
+    course = run.course
+    done, of = course.stage.gathered, course.config.gather_updates
+    run.log.progress(doing=f"gathering gradients ({done} of {of})" if done < of else "")
 
 
 def gather_all(run: Run) -> None:
@@ -87,7 +89,6 @@ def measure(run: Run) -> None:
     run.log.record("tracking", now, moment=moment, step=record["step"], **measured, **more, **size)
     run.log.scalars(now, {f"pruning/{course.score}": measured["mean"]})
     run.log.networks(now, size, measured.get("decision_ms"))
-    run.log.progress(evaluation=f"{measured['mean']:.4g}")
     if moment in ("recovered", "not recovered"):
         run.log.record("pruning step", now, **record)
         run.log.say(pruning_report.sentence(record, course))
@@ -112,7 +113,9 @@ def cut(run: Run) -> None:
         course.cut(plan, now)
     except SurgeryError as error:
         raise RunError(f"cut {step} was undone and the run stopped: {error}") from error
-    run.log.record("cut", now, step=step, target=plan.sparsity, **course.size())
+    size = course.size()
+    run.log.record("cut", now, step=step, target=plan.sparsity, **size)
+    run.log.say(pruning_report.cut_sentence(step, now, plan.sparsity, size, course))
 
 
 def undo(run: Run) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from tdmpc_prune.config import by_dotted_name
 
 _SECONDS_BETWEEN_REFRESHES = 0.5
+_BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _OUTCOMES = ("networks/sparsity", "networks/parameters", "networks/milliseconds per decision")
 
 
@@ -45,7 +47,15 @@ class Averages:
 class RunLog:
     """Writes into a run's folder. `history` is the number of lines that are in the history."""
 
-    def __init__(self, run_dir: Path, now: int, end: int, history: int, unit: str = "env_steps"):
+    def __init__(
+        self,
+        run_dir: Path,
+        now: int,
+        end: int,
+        history: int,
+        unit: str = "env_steps",
+        name: str = "",
+    ):
         """Open the logs of a run.
 
         Args:
@@ -55,7 +65,9 @@ class RunLog:
             history: lines of the history to keep; what a run that was cut off wrote beyond them
                 will be written again.
             unit: what the time is called in the history.
+            name: of the run, where several share a terminal: before the bar and every sentence.
         """
+        self._name = f"{name}: " if name else ""
         self._unit = unit
         self._history_path = run_dir / "history.jsonl"
         self.history = history
@@ -66,12 +78,15 @@ class RunLog:
             os.replace(part, self._history_path)
         self._writer = SummaryWriter(str(run_dir), purge_step=now + 1)
         self._bar = tqdm(
+            desc=name,
             total=end,
             initial=now,
-            unit=unit.replace("_", " ").removesuffix("s"),
+            bar_format=_BAR,
             dynamic_ncols=True,
+            disable=None,  # where nobody watches; the sentences tell the run
         )
         self._shown: dict[str, str] = {}
+        self._doing = ""
         self._refreshed = 0.0
 
     def hyperparameters(self, settings: dict[str, Any], score: str) -> None:
@@ -113,19 +128,25 @@ class RunLog:
             scalars["networks/milliseconds per decision"] = milliseconds
         self.scalars(now, scalars)
 
-    def progress(self, now: int | None = None, **shown: str) -> None:
-        """Move the progress bar to `now`, and show `shown` beside what it shows already."""
+    def progress(self, now: int | None = None, doing: str = "", **shown: str) -> None:
+        """Move the progress bar to `now`, and show `shown` beside what it shows already.
+
+        While it is `doing` something else than learning, it shows that alone.
+        """
+        began = bool(doing) and not self._doing
         self._shown |= shown
+        self._doing = doing
         if now is not None:
             self._bar.n = now
-        if time.monotonic() - self._refreshed > _SECONDS_BETWEEN_REFRESHES:
+        if began or time.monotonic() - self._refreshed > _SECONDS_BETWEEN_REFRESHES:
             self._refreshed = time.monotonic()
-            text = ", ".join(f"{name} {value}" for name, value in self._shown.items())
+            text = doing or ", ".join(f"{name} {value}" for name, value in self._shown.items())
             self._bar.set_postfix_str(text)
 
     def say(self, sentence: str) -> None:
         """Print a line above the progress bar."""
-        self._bar.write(sentence)
+        self._bar.write(f"{self._name}{sentence}")
+        sys.stdout.flush()  # a log file is read while the run goes on
 
     def picture(self, name: str, path: Path, now: int) -> None:
         """Add a picture file to TensorBoard."""

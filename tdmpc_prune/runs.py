@@ -20,6 +20,7 @@ from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning_steps import parent_dir
 from tdmpc_prune.signals import Stopped
 from tdmpc_prune.training import Trainer
+from tdmpc_prune.words import counted, mean_and_std
 
 _MAY_CHANGE_ON_RESUME = {"resume", "env_steps", "device", "threads"}
 
@@ -106,8 +107,9 @@ def finish(trainer: Trainer) -> None:
     if broken:
         pruned += f"episodes broken off   {broken}, and why is in history.jsonl\n"
     print(
-        f"return {evaluation.mean:.1f} ± {evaluation.std:.1f} over "
-        f"{len(evaluation.returns)} episodes after {trainer.progress.env_steps} env steps\n"
+        f"return {mean_and_std(evaluation.returns)} over "
+        f"{counted(len(evaluation.returns), 'episode')} after "
+        f"{trainer.progress.env_steps:,} env steps\n"
         f"{pruned}"
         f"everything is in   {trainer.run_dir}\n"
         f"evaluate it with   python scripts/evaluate.py checkpoint={trainer.run_dir}\n"

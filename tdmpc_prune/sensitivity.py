@@ -25,6 +25,7 @@ from tdmpc_prune.pruning.groups import Structure
 from tdmpc_prune.pruning.plan import Plan, plan_of
 from tdmpc_prune.runtime import set_threads
 from tdmpc_prune.subject import Score, load_subject
+from tdmpc_prune.words import plus_minus
 
 RANKED, RANDOM = "least important first", "at random"
 _RESAMPLES = 2000
@@ -244,7 +245,7 @@ def text(found: Sensitivity, config: SensitivityConfig) -> str:
     shown = (
         f"{found.score} after removing units, ranked by {config.prune.method}, nothing learnt "
         f"afterwards (at random: one random order); the whole network's is "
-        f"{found.before.mean:.1f} ± {found.before.interval:.1f}\n\n{first}"
+        f"{plus_minus(found.before.mean, found.before.interval)}\n\n{first}"
     )
     if not found.correlations:
         return f"{shown}\n\nToo few groups to correlate anything with them"

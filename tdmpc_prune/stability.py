@@ -28,6 +28,7 @@ from tdmpc_prune.evaluation import agent_size, evaluate
 from tdmpc_prune.files import png
 from tdmpc_prune.parallel import measure_all
 from tdmpc_prune.runtime import set_threads, versions
+from tdmpc_prune.words import counted
 
 _TOGETHER = 10  # episodes that are played at once
 _CALIBRATION_SEED = 500_000  # added to the seed, so that the target set is of other episodes
@@ -66,8 +67,9 @@ class Rate:
         return Rate(successes, trials, float(interval.low), float(interval.high))
 
     def __str__(self) -> str:
-        share = self.successes / self.trials if self.trials else np.nan
-        return f"{share:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        if not self.trials:
+            return "-"
+        return f"{self.successes / self.trials:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass(frozen=True)
@@ -353,7 +355,7 @@ def text(found: Stability, config: StabilityConfig) -> str:
     disturbed = {name: value for name, value in to_plain(config.disturb).items() if value}
     conditions = f"disturbed by {disturbed}" if disturbed else "undisturbed"
     return (
-        f"{config.episodes} episodes of each agent, {conditions}; target set: W <= "
+        f"{counted(config.episodes, 'episode')} of each agent, {conditions}; target set: W <= "
         f"{found.target.level:.3g} (V_max {found.target.largest_value:.4g}), to be kept for the "
         f"last {found.target.hold} of {found.target.decisions} decisions\n\n{table}\n\n"
         f"{verdict(found, config)}{_doubt(found)}"

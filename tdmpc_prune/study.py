@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from envs import make_env
 from tdmpc_prune import optimize_coefficients, prune_checkpoint, runs, study_report
@@ -49,6 +50,7 @@ from tdmpc_prune.runtime import machine
 from tdmpc_prune.signals import Stopped
 from tdmpc_prune.subject import load_subject
 from tdmpc_prune.training import EVALUATION_SEED, Trainer
+from tdmpc_prune.words import counted
 
 START = "start"  # the dense agent that all arms of a seed begin with
 _RESULT, _FAILURES, _SETTINGS = "result.json", "failures.txt", "study.json"
@@ -76,6 +78,13 @@ class Job:
         task = self.task.replace(":", "-").replace("/", "-")
         arm = self.arm if self.sparsity is None else f"{self.arm}-{self.sparsity:g}"
         return Path(out) / task / arm.replace(" ", "-") / f"seed{self.seed}"
+
+    def name(self, config: StudyConfig) -> str:
+        """In few words, and which of the study's jobs it is."""
+        sparsity = "" if self.sparsity is None else f" {self.sparsity:g}"
+        everything = all_jobs(config)
+        place = f"{everything.index(self) + 1}/{len(everything)}"
+        return f"{place} {self.task} {self.arm}{sparsity} seed {self.seed}"
 
     def __str__(self) -> str:
         sparsity = "" if self.sparsity is None else f" at {self.sparsity:g}"
@@ -178,11 +187,30 @@ def _run_locked(config: StudyConfig, job: Job, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / _FAILURES).open("a") as file:
             file.write(f"{_FAILED}\n{traceback.format_exc()}\n")
+        print(f"{job.name(config)}: failed, see {folder / _FAILURES}", flush=True)
         return
     result |= {"seconds": time.perf_counter() - began, "machine": machine()}
     part = folder / f".{_RESULT}.part"
     write_json(part, result)
     part.replace(folder / _RESULT)
+    print(f"{job.name(config)}: done in {_clock(result['seconds'])}; {_left(config)}", flush=True)
+
+
+def _left(config: StudyConfig) -> str:
+    """How many jobs are done, and how long the others may take."""
+    everything = all_jobs(config)
+    seconds = [
+        read_json(job.folder(config.out) / _RESULT)["seconds"]
+        for job in everything
+        if done(config, job)
+    ]
+    left = (len(everything) - len(seconds)) * float(np.mean(seconds))
+    time_left = f", about {_clock(left)} of computing left" if left else ""
+    return f"{len(seconds)} of {counted(len(everything), 'job')} are done{time_left}"
+
+
+def _clock(seconds: float) -> str:
+    return tqdm.format_interval(seconds)
 
 
 def sweeps(command: StudyCommand) -> Iterator[str]:
@@ -280,7 +308,7 @@ def _run_start(config: StudyConfig, job: Job) -> dict[str, Any]:
         run_dir=str(job.folder(config.out)),
     )
     trainer = _begun_or_resumed(settings)
-    return {"job": vars(job), "returns": trainer.run().returns} | agent_size(
+    return {"job": vars(job), "returns": trainer.run(job.name(config)).returns} | agent_size(
         trainer.model, config.model
     )
 
@@ -293,7 +321,7 @@ def _run_arm(config: StudyConfig, job: Job) -> dict[str, Any]:
     before = float(np.mean(dense["returns"]))
     trainer = _trainer(config, job, str(start.folder(config.out)))
     after = _new_networks_return(trainer, job) if job.arm == REINITIALISED else None
-    evaluation = trainer.run()
+    evaluation = trainer.run(job.name(config))
     tracked = [e for e in read_history(trainer.run_dir, "tracking") if e["moment"] == "after"]
     if tracked:
         after = tracked[0]["returns"]

@@ -20,7 +20,7 @@ import torch
 
 from envs import StepError, TaskError, make_env
 from envs.tasks import default_action_repeat
-from tdmpc_prune import pruning_steps
+from tdmpc_prune import pruning_report, pruning_steps
 from tdmpc_prune.agent.learner import Learner, NonFiniteLoss
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan
 from tdmpc_prune.agent.replay import Episode, SequenceReplay
@@ -48,6 +48,7 @@ from tdmpc_prune.pruning.course import Course
 from tdmpc_prune.run_log import Averages, RunLog
 from tdmpc_prune.runtime import choose_device, set_threads
 from tdmpc_prune.signals import Stopped, StopRequest
+from tdmpc_prune.words import counted, mean_and_std
 
 EVALUATION_SEED = 1_000_000  # the initial states of evaluations are the same in every run
 BROKEN_IN_A_ROW = 3  # episodes, after which a run does not go on
@@ -132,8 +133,11 @@ class Trainer:
     def model(self) -> WorldModel:
         return self.learner.model
 
-    def run(self) -> Evaluation:
+    def run(self, name: str = "") -> Evaluation:
         """Train to the end and return the last evaluation.
+
+        Args:
+            name: of the run, see `RunLog`.
 
         Raises:
             Stopped: a signal came; the state is saved.
@@ -141,9 +145,14 @@ class Trainer:
                 and again (likewise), or saving failed.
         """
         self.log = RunLog(
-            self.run_dir, self.progress.env_steps, self.config.env_steps, self.progress.history
+            self.run_dir,
+            self.progress.env_steps,
+            self.config.env_steps,
+            self.progress.history,
+            name=name,
         )
         self.log.hyperparameters(to_plain(self.config), "return")
+        self.log.say(self._first_line())
         try:
             with self._stop_request:
                 if self._lost:
@@ -169,6 +178,17 @@ class Trainer:
             self.log.close()
             self.env.close()
         return self.last_evaluation
+
+    def _first_line(self) -> str:
+        """What the run is about to do."""
+        progress, config = self.progress, self.config
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        since = f" from {progress.env_steps:,}" if progress.env_steps else ""
+        cuts = f"; {pruning_report.announcement(self.course, self.now)}" if self.course else ""
+        return (
+            f"{config.task}: {counted(parameters, 'parameter')} on {self.device.type}"
+            f"{since} to {config.env_steps:,} env steps{cuts}"
+        )
 
     def step(self) -> bool:
         """The next small step of the run; False once it has reached its end."""
@@ -364,10 +384,7 @@ class Trainer:
             }
             | {"speed/milliseconds per update": milliseconds}
         )
-        self.log.progress(
-            loss=f"{metrics['model loss']:.3g}",
-            updates=f"{self.learner.updates} ({milliseconds:.0f} ms)",
-        )
+        self.log.progress(loss=f"{metrics['model loss']:.3g}")
 
     def _evaluate(self) -> None:
         """Evaluate and save; nothing if a signal comes meanwhile."""
@@ -398,7 +415,11 @@ class Trainer:
             {"evaluation/return": evaluation.mean, "evaluation/std of return": evaluation.std},
         )
         self.log.networks(progress.env_steps, size, speed)
-        self.log.progress(evaluation=f"{evaluation.mean:.0f}")
+        self.log.say(
+            f"evaluation at {progress.env_steps:,} env steps: return "
+            f"{mean_and_std(evaluation.returns)} over {counted(config.eval_episodes, 'episode')}, "
+            f"sparsity {size['sparsity']:.3f}, after {counted(self.learner.updates, 'update')}"
+        )
         self.save()
 
     def evaluation(self, episodes: int) -> Evaluation | None:
@@ -426,7 +447,6 @@ class Trainer:
             for error in broken:  # their returns are those up to there
                 self._note_broken(str(error), evaluation=True)
             self.last_evaluation, self._evaluated = evaluation, agent
-            self.log.progress(doing="training")
         return evaluation
 
     def _version(self) -> list[int]:

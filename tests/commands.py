@@ -14,12 +14,12 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+import absl.logging
 import torch
-from absl import logging as absl_logging
 from hydra.core.global_hydra import GlobalHydra
 
-# Hydra closes every handler, and this one would take the stderr that pytest captures with it.
-absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
+# Hydra closes every log handler, and that of absl (dm_control's) would close pytest's stderr, too.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 ROOT = Path(__file__).parents[1]
 REACH = "task=gym:tests.synthetic:Reach-v0"

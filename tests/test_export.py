@@ -14,7 +14,7 @@ import torch
 
 from tdmpc_prune import export as exporting
 from tdmpc_prune.agent.config import AgentConfig, PlannerConfig
-from tdmpc_prune.agent.planner import PlannerNoise, first_means, plan
+from tdmpc_prune.agent.planner import PlannerNoise, drawn, first_means, plan
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.checkpoint import SavedAgent, load_agent, save_agent
 from tdmpc_prune.errors import RunError, UserError
@@ -114,7 +114,7 @@ def test_the_example_needs_no_pytorch(graphs, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "over 1 episodes" in done.stdout
+    assert "over 1 episode" in done.stdout
 
 
 def test_commands(agent, tmp_path):
@@ -123,7 +123,7 @@ def test_commands(agent, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "cartpole-swingup-policy.onnx" in done.stdout
     done = run("run_exported.py", "cartpole-swingup-policy.onnx", "1", cwd=tmp_path)
-    assert done.returncode == 0 and "over 1 episodes" in done.stdout, done.stderr
+    assert done.returncode == 0 and "over 1 episode" in done.stdout, done.stderr
     for script, arguments, message in (
         ("run_exported.py", [POLICY, "1", "walker-walk"], "takes observations of 5 numbers"),
         ("run_exported.py", ["gone.onnx"], "must both be there"),
@@ -161,35 +161,76 @@ def test_an_export_into_a_checkpoint_leaves_it_whole(agent, tmp_path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["agent", "taken.onnx.json"]
 
 
-def test_observations_that_hang_on_rounding_are_told_from_a_wrong_graph(agent, monkeypatch):
-    class Step(torch.nn.Module):
-        def forward(self, x):
-            return (torch.where(x > 1, 1.0, 0.0),)
+@pytest.mark.parametrize("change", [3e-3, np.nan])
+def test_a_planner_that_differs_is_not_saved(agent, tmp_path, monkeypatch, change):
+    class Wrong:
+        def __init__(self, *arguments):
+            self.session = session_of(*arguments)
 
-    class Session:
-        def __init__(self, shift):
-            self.shift = shift
+        def run(self, names, fed):
+            action, means = self.session.run(names, fed)
+            return [action + np.float32(change), means]
 
-        def run(self, _, fed):
-            return [(fed["observation"] > 1 + self.shift).astype(np.float32)]
+    session_of = exporting._session
+    monkeypatch.setattr(exporting, "_session", Wrong)
+    monkeypatch.setattr(exporting, "CHECKED", 20)
+    with pytest.raises(RunError, match=r"differs from PyTorch by .*, and not by rounding"):
+        exporting.export(agent, "planner", tmp_path / "planner.onnx")
+    assert not list(tmp_path.iterdir())
 
-    monkeypatch.setattr(exporting, "CHECKED", 200)
-    port = [exporting.Port("observation", (1,), "")]
 
-    def near_the_step(ports, generator):
-        return [1 + 3e-7 * torch.randn(port.shape, generator=generator) for port in ports]
-
-    monkeypatch.setattr(exporting, "_draw", near_the_step)
+def test_ties_are_told_from_a_wrong_graph_by_the_planners_own_margins(agent):
+    """For sure, each kind: at the last elite, beside the executed one, and in the draw."""
+    planner = replace(PLANNER, iterations=1, policy_fraction=0.0)
+    agent = replace(agent, config=replace(agent.config, planner=planner))
+    step = exporting._PlannerStep(agent)
+    ports, _ = exporting._ports(agent, "planner")
+    names = [port.name for port in ports]
+    samples, ends = names.index("noise_samples"), names.index("noise_sample_ends")
     generator = torch.Generator().manual_seed(0)
-    check = exporting._compare(Step(), Session(2e-7), port, generator)
-    assert check.difference <= 1e-4 and check.jumps > 20
+    for _ in range(5):
+        inputs = exporting._draw(ports, generator)
+        decision = step.decide(*inputs)
+        assert not step.hangs_on_rounding(inputs, 1.0)
+        ranked = decision.values[0][0].argsort(descending=True)
+        executed = int(drawn(decision.scores.cumsum(1), inputs[-1]))
+        for rank in {planner.elites - 1, executed}:
+            tie = [part.clone() for part in inputs]
+            for part in (tie[samples], tie[ends]):  # [..., N, A]
+                part[..., ranked[rank + 1], :] = part[..., ranked[rank], :]
+            assert step.hangs_on_rounding(tie, 1.0)
+        between = [*inputs[:-1], decision.scores.cumsum(1)[:, 2] + 1e-8]
+        assert step.hangs_on_rounding(between, 1.0)
 
-    def anywhere(ports, generator):
-        return [1 + torch.rand(port.shape, generator=generator) for port in ports]
 
-    monkeypatch.setattr(exporting, "_draw", anywhere)
-    check = exporting._compare(Step(), Session(0.5), port, generator)
-    assert check.difference == 1 and check.jumps == 0
+@pytest.mark.parametrize(
+    "planner",
+    [
+        replace(PLANNER, policy_fraction=0.0),
+        replace(PLANNER, policy_fraction=0.0, elites=24),
+        replace(PLANNER, elites=1, iterations=1, horizon=1),
+    ],
+    ids=["no policy trajectories", "all are elites", "smallest"],
+)
+def test_planners_of_any_size(agent, planner, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "CHECKED", 20)
+    agent = replace(agent, config=replace(agent.config, planner=planner))
+    done = exporting.export(agent, "planner", tmp_path / "planner.onnx")
+    session = onnxruntime.InferenceSession(done.graph)
+    about = json.loads(done.sidecar.read_text())
+    given = [(port.name, port.shape) for port in session.get_inputs()]
+    assert given == [(port["name"], port["shape"]) for port in about["inputs"]]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "checkpoints").iterdir()), ids=lambda p: p.name)
+def test_every_shipped_agent_is_exported(path, tmp_path, monkeypatch):
+    # All observations for the smallest networks; a dense agent takes 0.1 s to decide.
+    checked = {"fitted": 1000, "pruned": 100, "dense": 20}[path.name.rpartition("-")[2]]
+    if path.name == "walker-walk-fitted":
+        checked = 200
+    monkeypatch.setattr(exporting, "CHECKED", checked)
+    done = exporting.export(load_agent(path), "planner", tmp_path / "planner.onnx")
+    assert done.difference <= 1e-4 and done.jumps <= 0.05 * checked
 
 
 def test_the_extra_is_named_when_it_is_missing(agent, tmp_path, monkeypatch):

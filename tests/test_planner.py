@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from tdmpc_prune.agent.config import NetworkConfig, PlannerConfig
-from tdmpc_prune.agent.planner import PlannerNoise, draw_noise, first_means, plan, planning_macs
+from tdmpc_prune.agent.planner import (
+    Plan,
+    PlannerNoise,
+    draw_noise,
+    first_means,
+    margins,
+    plan,
+    planning_macs,
+)
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tests.reference import plan_one
 
@@ -103,6 +111,20 @@ def test_it_finds_the_best_action_of_a_known_model():
     torch.testing.assert_close(means[:, 0], model.best.expand(3, 2), rtol=0, atol=0.05)
     torch.testing.assert_close(decision.actions[0], model.best, rtol=0, atol=0.15)
     assert decision.std.min() >= config.min_std - 1e-6
+
+
+def test_margins_are_the_distances_to_the_next_tie():
+    empty = torch.zeros(1)
+    values = [torch.tensor([[1.0, 9.0, 5.0, 4.5]]), torch.tensor([[8.0, 2.0, 7.75, 4.0]])]
+    scores = torch.tensor([[0.6, 0.4]])
+    decision = Plan(empty, empty, empty, empty, values, scores)
+    gaps, end = margins(decision, torch.tensor([0.5]))  # the first elite of two
+    assert gaps.flatten().tolist() == [0.5, 0.25] and end.item() == pytest.approx(0.1)
+    decision = replace(decision, scores=torch.tensor([[0.5, 0.2, 0.1, 0.2]]))
+    gaps, end = margins(decision, torch.tensor([0.9]))  # the last of all: there is no next
+    assert gaps.flatten().tolist() == [torch.inf, 2.0] and end.item() == pytest.approx(0.1)
+    gaps, end = margins(replace(decision, scores=torch.ones(1, 1)), torch.tensor([0.9]))
+    assert gaps.flatten().tolist() == [4.0, 0.25] and end.item() == torch.inf
 
 
 def test_actions_stay_in_bounds_with_exploration():

@@ -39,6 +39,8 @@ class Plan:
     means: Tensor  # [H, E, A]: hand these back at the next decision (zeros after a reset)
     std: Tensor  # [E, A] of the first step after the last iteration
     value: Tensor  # [E] mean value of the elites, as the model predicts it
+    values: list[Tensor]  # I of [E, N + P]: of all trajectories, in every iteration
+    scores: Tensor  # [E, K] of the last elites, best first; one of them was executed
 
 
 def first_means(config: PlannerConfig, environments: int, action_width: int, device=None) -> Tensor:
@@ -113,6 +115,7 @@ def plan(
     mean = torch.cat([previous_means[1:], torch.zeros_like(previous_means[:1])])[:horizon]
     std = torch.full_like(mean, config.max_std)
     start = latents.expand(-1, config.samples, -1)
+    all_values = []
 
     for normal, ends in zip(noise.samples, policy_noise(noise.sample_ends), strict=True):
         # Sample action sequences and value them, together with the policy's.
@@ -120,6 +123,7 @@ def plan(
         values = sequence_values(model, model.rollout(start, samples), samples, ends, discount)
         actions = torch.cat([samples, policy_actions], dim=2)  # [H, E, N + P, A]
         values = torch.cat([values, policy_values], dim=1).nan_to_num(0.0)  # [E, N + P]
+        all_values.append(values)
 
         # Elites and their scores.
         elite_values, elites = values.topk(config.elites, dim=1)  # [E, K]
@@ -136,13 +140,47 @@ def plan(
         mean = config.momentum * mean + (1 - config.momentum) * elite_mean
 
     # Execute an elite's first action, drawn by score.
-    chosen = (scores.cumsum(1) < noise.choice.unsqueeze(1)).sum(1).clamp(max=config.elites - 1)
+    chosen = drawn(scores.cumsum(1), noise.choice)
     action = elite_actions[0].gather(1, chosen[:, None, None].expand(-1, 1, actions.shape[-1]))
     action = action.squeeze(1)
     if explore:
         action = (action + std[0] * noise.exploration).clamp(-1, 1)
     rest = previous_means.new_zeros(len(previous_means) - horizon, *mean.shape[1:])
-    return Plan(action, torch.cat([mean, rest]), std[0], elite_values.mean(1))
+    value = elite_values.mean(1)
+    return Plan(action, torch.cat([mean, rest]), std[0], value, all_values, scores)
+
+
+def drawn(cumulative: Tensor, choice: Tensor) -> Tensor:
+    """Cumulative scores `[E, K]` and numbers `[E]` in [0, 1) → places `[E]` among the elites."""
+    return (cumulative < choice.unsqueeze(1)).sum(1).clamp(max=cumulative.shape[1] - 1)
+
+
+def margins(decision: Plan, choice: Tensor) -> tuple[Tensor, Tensor]:
+    """How far a decision is from the ties at which it would jump to another one.
+
+    Args:
+        decision: what was decided.
+        choice: `[E]` of its noise.
+
+    Returns:
+        `[I, E]` in units of value: how far apart are, in each iteration, the last elite and the
+        best that is none; in the last iteration also the executed elite and those ranked next to
+        it, if that is less. `[E]`: how far `choice` is from where another elite is drawn.
+        Infinite where there is no other.
+    """
+    elites = decision.scores.shape[1]
+    none = choice.new_full((len(choice), 1), torch.inf)
+    steps = [
+        torch.cat([none, -values.sort(1, descending=True).values.diff(dim=1), none], dim=1)
+        for values in decision.values
+    ]  # [E, N + P + 1]; at k: from rank k - 1 to rank k
+    gaps = torch.stack([step[:, elites] for step in steps])
+    cumulative = decision.scores.cumsum(1)
+    place = drawn(cumulative, choice).unsqueeze(1)
+    beside = steps[-1].gather(1, torch.cat([place, place + 1], dim=1)).amin(1)
+    gaps[-1] = gaps[-1].minimum(beside)
+    ends = torch.cat([(cumulative[:, :-1] - choice.unsqueeze(1)).abs(), none], dim=1)
+    return gaps, ends.amin(1)
 
 
 def follow_policy(model: WorldModel, latents: Tensor, noise: Tensor) -> tuple[Tensor, list[Tensor]]:
