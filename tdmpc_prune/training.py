@@ -19,7 +19,7 @@ import torch
 
 from envs import make_env
 from envs.tasks import default_action_repeat
-from tdmpc_prune import pruning_steps
+from tdmpc_prune import agent_report, pruning_steps
 from tdmpc_prune.agent.learner import Learner, NonFiniteLoss
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan
 from tdmpc_prune.agent.replay import Episode, SequenceReplay
@@ -28,6 +28,7 @@ from tdmpc_prune.checkpoint import (
     SavedAgent,
     checkpoint_dir,
     load_agent,
+    load_agents,
     load_training,
     save_agent,
     save_checkpoint,
@@ -40,7 +41,6 @@ from tdmpc_prune.evaluation import (
     Evaluation,
     agent_size,
     evaluate,
-    median_decision_milliseconds,
 )
 from tdmpc_prune.pruning.course import Course
 from tdmpc_prune.run_log import Averages, RunLog
@@ -111,6 +111,7 @@ class Trainer:
         self.means = self._first_means()
         self.commands: list[str] = []  # that led to this agent, its parents' first
         self.last_evaluation: Evaluation | None = None
+        self.times: agent_report.Times = {}  # of the run's agents, at its end
         self._evaluated: list[int] | None = None  # updates and cuts of the agent that it is of
         if config.start_from:
             self._take_over(checkpoint_dir(config.start_from))
@@ -141,8 +142,9 @@ class Trainer:
                 while self.step():
                     if self._stop_request:
                         self._stop()
+            self._time_agents()
             if self.course:
-                pruning_steps.show(self)
+                pruning_steps.conclude(self)
         except OSError as error:
             raise RunError(
                 f"writing to '{self.run_dir}' failed: {error.strerror}; the newest checkpoint "
@@ -313,7 +315,8 @@ class Trainer:
             later = min(later, config.env_steps)
         progress.next_evaluation = later
         size = agent_size(self.model, config.model)
-        speed = median_decision_milliseconds(self.model, config.model)
+        if self.course:
+            self.course.scored(progress.env_steps, evaluation.mean)
         self.log.record(
             "evaluation",
             progress.env_steps,
@@ -323,16 +326,29 @@ class Trainer:
             std_return=evaluation.std,
             returns=evaluation.returns,
             seconds=round(evaluation.seconds, 3),
-            decision_ms=speed,
             **size,
         )
         self.log.scalars(
             progress.env_steps,
             {"evaluation/return": evaluation.mean, "evaluation/std of return": evaluation.std},
         )
-        self.log.networks(progress.env_steps, size, speed)
+        self.log.networks(progress.env_steps, size)
         self.log.progress(evaluation=f"{evaluation.mean:.0f}")
         self.save()
+
+    def _time_agents(self) -> None:
+        """Time the run's agents in turn: the dense one, those of every cut, and the final one."""
+        self.log.progress(doing="timing")
+        agents = load_agents(self.run_dir)
+        latest = agents.popitem()[1]
+        name = "final" if agents or not latest.is_dense else "dense"
+        agents = agent_report.by_step(agents) | {name: latest}
+        for agent in agents.values():
+            agent.model.to(self.device)
+        self.times = agent_report.times(agents)
+        threads = torch.get_num_threads()
+        self.log.record("times", self.now, threads=threads, agents=self.times)
+        self.log.text("decision times", agent_report.times_table(self.times), self.now)
 
     def evaluation(self, episodes: int) -> Evaluation | None:
         """The present agent's return; it is not played again if nothing changed since.
@@ -380,8 +396,7 @@ class Trainer:
         if evaluation is None:
             return None
         evaluation = evaluation.first(episodes)
-        speed = median_decision_milliseconds(self.model, config.model)
-        shown = {"mean": evaluation.mean, "std": evaluation.std, "decision_ms": speed}
+        shown = {"mean": evaluation.mean, "std": evaluation.std}
         return shown, {"returns": evaluation.returns}
 
     def take_back(
@@ -417,7 +432,7 @@ class Trainer:
                 "returns": evaluation.returns if evaluation else None,
                 "commands": self.commands,
             }
-            | ({"pruning": self.course.provenance()} if self.course else {}),
+            | ({"pruning": self.course.provenance(self.now)} if self.course else {}),
         )
         return agent if agent.is_dense or not parent.exists() else replace(agent, parent=parent)
 

@@ -69,7 +69,7 @@ def test_the_largest_fast_budgets_are_those_of_brute_force(limit, powers):
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=12))
 def test_the_frontier_is_what_nothing_beats(pairs):
     candidates = [
-        fit.Candidate("a", 1, 0.0, i, 1, 1, float(ms), (float(mean), 5.0), 1)
+        fit.Candidate("a", 1, 0.0, i, 1, 1, float(ms), float(ms), (float(mean), 5.0), 1)
         for i, (ms, mean) in enumerate(pairs)
     ]
     for c in candidates:
@@ -89,9 +89,9 @@ def search_with(returns, monkeypatch, confirmed_ms=4.0, **settings):
     agents = {name: SavedAgent(name, config, "x", 1, {}) for name in returns}
     monkeypatch.setattr(fit, "agent_size", lambda *_: {"parameters": 1, "sparsity": 0.0})
 
-    def times(pair, repeats):
+    def times(*pairs, repeats):
         first_look = repeats < fit._CONFIRMING_REPEATS
-        return [[pair[1].planner.samples / 8 if first_look else confirmed_ms]]
+        return [[c.planner.samples / 8 if first_look else confirmed_ms] for _, c in pairs]
 
     monkeypatch.setattr(fit, "decision_milliseconds", times)
 
@@ -102,7 +102,7 @@ def search_with(returns, monkeypatch, confirmed_ms=4.0, **settings):
 
     monkeypatch.setattr(fit.playing, "measure", measure)
     config = FitConfig("x", rate_hz=200.0, **settings)
-    return fit.search(config, agents, reference=100.0)
+    return fit.search(config, agents, fit.Reference(100.0, "dense", 100.0))
 
 
 def test_the_best_return_wins_and_is_confirmed_on_other_episodes(monkeypatch):

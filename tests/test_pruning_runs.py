@@ -86,7 +86,7 @@ def test_a_run_is_pruned_in_steps_and_says_what_each_did(whole_run):
     assert 0.7 <= cuts[-1]["sparsity"] < 0.8
     for step in steps:
         for moment in ("before", "after", "recovered"):
-            assert set(step[moment]) == {"mean", "std", "decision_ms"}
+            assert set(step[moment]) == {"mean", "std"}
         if step["after"]["mean"] >= step["before"]["mean"] - 0.05 * abs(step["before"]["mean"]):
             assert step["recovery"] == 0
     moments = [t["moment"] for t in read_history(run_dir, "tracking") if t["step"] == 2]
@@ -123,16 +123,16 @@ def test_tensorboard_and_pictures_show_it(whole_run):
         ("pruning/return", "mean", tracked),
         ("networks/sparsity", "sparsity", both),
         ("networks/macs", "macs", both),
-        ("networks/milliseconds per decision", "decision_ms", both),
     ):
         logged = [(event.step, event.value) for event in events.Scalars(tag)]
         assert [step for step, _ in logged] == [record["env_steps"] for record in records]
         assert [value for _, value in logged] == pytest.approx([r[key] for r in records])
     names = read_history(run_dir, "importance")[0]["groups"]["bayesian"]
-    groups = {f"importance by group/{metric}/{name}" for metric in METRICS for name in names}
+    groups = {f"unit importance by group/{metric}/{name}" for metric in METRICS for name in names}
     assert len(names) == 12 and groups <= set(scalars)
-    assert "importance by component/bayesian/coupling" in scalars
-    assert "rank correlation/bayesian ~ magnitude" in scalars
+    assert "unit importance by component/bayesian/coupling" in scalars
+    assert "unit rank correlation/bayesian ~ magnitude" in scalars
+    assert all(tag.startswith("unit ") for tag in sorted(scalars)[-len(METRICS) * len(names) :])
     assert {"pruning/importance", "pruning/course"} <= set(events.Tags()["images"])
     for picture in ("course.png", "importance.png"):
         assert (run_dir / picture).stat().st_size > 10_000

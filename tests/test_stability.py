@@ -231,6 +231,7 @@ def test_one_agent_with_a_reference_of_its_own_and_disturbances(pruned, tmp_path
     other = tmp_path / "other"
     runs.start(replace(small_config(other), seed=2), []).run()
     arguments = [f"checkpoint=[{pruned}/agents/step-3]", f"reference={other}", "episodes=3"]
+    arguments.append("probability=0.2")  # three of three show no more
     done = run("stability.py", *arguments, "disturb.observation_noise=0.3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "disturbed by {'observation_noise': 0.3}" in done.stdout
@@ -244,6 +245,11 @@ def test_one_agent_with_a_reference_of_its_own_and_disturbances(pruned, tmp_path
     [
         (["checkpoint=nowhere"], "'nowhere' does not exist"),
         (["checkpoint=3"], "checkpoint=3 must be a folder, or a list"),
+        (
+            ["checkpoint=PRUNED", "episodes=20"],
+            "if all 20 stay, the lower 95 % end is 0.832; give episodes=36 or more (36 of 36)",
+        ),
+        (["checkpoint=PRUNED", "episodes=99", "probability=0.99"], "give episodes=368 or more"),
         (["checkpoint=.", "level=2"], "level=2.0 must lie in (0, 1)"),
         (["checkpoint=.", "disturb.action_delay=-1"], "disturb.action_delay=-1 cannot be negative"),
         (["checkpoint=PRUNED", "disturb.mass={pole_1: 2.0}"], "only be changed of a task that"),
