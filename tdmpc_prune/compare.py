@@ -490,7 +490,7 @@ def short_ticks(axis: Axes) -> None:
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
         axis.xaxis.set_minor_formatter(NullFormatter())
     else:
-        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axis.xaxis.set_major_formatter(EngFormatter())
 
 

@@ -191,7 +191,8 @@ class Fit:
         if self.fitted:
             won = self.confirmations[-1].candidate
             at = (won.decision_ms, won.first_mean)
-            axis.plot(*at, "*", color="black", markersize=15, label="chosen, and confirmed")
+            ring = {"markersize": 14, "markerfacecolor": "none", "markeredgewidth": 2}
+            axis.plot(*at, "o", color="black", label="chosen, and confirmed", **ring)
         axis.set_xlabel(f"{CPU_MS} (median)")
         axis.set_ylabel(f"return of the first {self.played[0].first} episodes")
         axis.set_xlim(left=0)

@@ -214,11 +214,12 @@ def draw(history: ImportanceHistory) -> Figure:
             norm = LogNorm(positive.min(), positive.max())
         image = left.pcolormesh(history.times, places, positive, norm=norm, shading="nearest")
         figure.colorbar(image, ax=left)
-        left.set_title(f"{metric}: importance per parameter", fontsize=9)
+        left.set_title(f"{metric}: importance per parameter", fontsize=9, pad=8)
         ranks = np.ma.masked_invalid(history.ranks(metric))
         image = right.pcolormesh(history.times, places, ranks, cmap="viridis_r", shading="nearest")
         figure.colorbar(image, ax=right)
-        right.set_title(f"{metric}: rank (1 is the most important; dots: it changed)", fontsize=9)
+        title = f"{metric}: rank (1 is the most important; dots: it changed)"
+        right.set_title(title, fontsize=9, pad=8)
         group, time = np.nonzero(history.changes(metric))
         right.plot(history.times[time], places[group], ".", color="C3", markersize=3)
         for axis in (left, right):
@@ -234,9 +235,9 @@ def draw(history: ImportanceHistory) -> Figure:
 
 
 def _mark_cuts(axis: Axes, history: ImportanceHistory) -> None:
-    rim = [withStroke(linewidth=2.4, foreground="black")]
+    rim = [withStroke(linewidth=2, foreground="black")]
     for cut in history.cuts:
-        axis.axvline(cut, color="white", linewidth=1, path_effects=rim)
+        axis.axvline(cut, color="white", linewidth=0.8, path_effects=rim)
         above = axis.get_xaxis_transform()  # x as in the data, y as a part of the axis' height
         axis.plot(cut, 1, "v", color="C3", markersize=5, clip_on=False, transform=above)
     low, high = axis.get_xlim()

@@ -371,7 +371,7 @@ def _against_sparsity(results: list[Result]) -> Figure:
     for axis in rows[-1]:
         ticks = [_place(sparsity, 0.0) for sparsity in every]
         axis.set_xticks(ticks, [f"{sparsity:g}" for sparsity in every])
-        axis.set_xlabel("sparsity (log of the parameters left; all in a band are of one sparsity)")
+        axis.set_xlabel("sparsity (axis: log of the parameters left)")
     _legend(figure)
     return figure
 

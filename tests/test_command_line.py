@@ -82,6 +82,7 @@ def test_train_evaluate_and_read_the_logs(tmp_path):
     for group in ("training", "losses", "gradients", "planner", "speed"):
         assert any(tag.startswith(f"{group}/") for tag in tags), group
     assert "_hparams_/session_start_info" in events.summary_metadata
+    assert "! read me first/text_summary" in events.Tags()["tensors"]
     layout = layout_pb2.Layout()
     layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     (category,) = layout.category

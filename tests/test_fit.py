@@ -123,6 +123,39 @@ def test_a_second_look_at_the_time_counts(monkeypatch):
     assert "took 7.00 ms per decision and more" in str(fit.failure(slow_later, FitConfig("x")))
 
 
+def agent_with(returns, dense=False):
+    return SimpleNamespace(provenance={"returns": returns}, is_dense=dense)
+
+
+def test_a_dense_agent_that_had_learnt_less_is_not_the_measure():
+    found = {
+        "dense": agent_with([230.0], dense=True),
+        "step-1": agent_with([800.0, 900.0]),
+        "latest": agent_with(None),
+    }
+    best = fit.best_known(found, 219.0)
+    assert (best.mean_return, best.name, best.dense) == (850.0, "step-1", 219.0)
+    assert "850.0 on file for 'step-1'" in str(best) and "returns 219.0" in str(best)
+    assert fit.best_known(found, 900.0) == fit.Reference(900.0, "dense", 900.0)
+    assert fit.best_known({}, -5.0) == fit.Reference(-5.0, "dense", -5.0)
+
+
+def test_candidates_are_confirmed_in_turn(monkeypatch):
+    together = []
+
+    def times(*pairs, repeats):
+        together.append((len(pairs), repeats))
+        return [[4.0]] * len(pairs)
+
+    config = replace(PRESETS["default"], planner=PlannerConfig(samples=64))
+    agents = {name: SavedAgent(name, config, "x", 1, {}) for name in "abc"}
+    monkeypatch.setattr(fit, "agent_size", lambda *_: {"parameters": 1, "sparsity": 0.0})
+    monkeypatch.setattr(fit, "decision_milliseconds", times)
+    monkeypatch.setattr(fit.playing, "measure", lambda _, n, seed: Evaluation([99.0] * n, n, 1.0))
+    fit.search(FitConfig("x", rate_hz=200.0), agents, fit.Reference(100.0, "dense", 100.0))
+    assert together[-2:] == [(3, fit._REPEATS), (3, fit._CONFIRMING_REPEATS)]
+
+
 def test_fit_as_typed(pruned_run, tmp_path):
     arguments = [f"checkpoint={pruned_run}", "episodes=2", "out=fitted"]
     done = run("fit.py", *arguments, "rate_hz=30", "max_return_drop=0.99", cwd=tmp_path)

@@ -119,6 +119,32 @@ def test_a_reference_that_knows_too_little_is_doubted():
     assert "reference=" not in stability.text(found, StabilityConfig("any"))
 
 
+def test_a_reference_that_returns_less_is_named():
+    rate = Rate.of([True] * 40)
+    dense, later = (
+        Judged(name, "", sparsity, 1, 0, 1, rate, rate, value, 0.0, True)
+        for name, sparsity, value in (("dense", 0.0, 219.0), ("step-4", 0.5, 800.0))
+    )
+    found = Stability("r", Target(10.0, 1.0, 5, 20), (dense, later), later, {})
+    config = StabilityConfig("any", episodes=40)
+    assert "the dense reference returns 219.0, less than step-4 (up to 800.0)" in stability.text(
+        found, config
+    )
+    names = stability.certificate(found, config)["return_more_than_the_reference"]
+    assert names == ["step-4"]
+    alike = replace(found, judged=(dense, replace(later, mean_return=225.0)))
+    assert "returns 219.0, less" not in stability.text(alike, config)
+
+
+@given(low=st.floats(0.01, 0.995), trials=st.integers(1, 400))
+def test_what_it_takes_to_show_a_probability(low, trials):
+    fewest, needed = Rate.fewest(low), Rate.needed(low, trials)
+    assert Rate.of([True] * fewest).low >= low - 1e-9
+    assert (needed is None) == (trials < fewest)
+    if needed:
+        assert Rate.of_counts(needed, trials).low >= low > Rate.of_counts(needed - 1, trials).low
+
+
 def judged(name, sparsity, safe):
     rate = Rate.of([safe] * 10)
     return Judged(name, "", sparsity, 1, 0, 1, rate, rate, 1.0, 0.0, safe)
