@@ -220,7 +220,7 @@ def _card(name: str, found: list[Column], measured: dict[str, Any]) -> str:
         f"{measured['threads']} thread{'s' if measured['threads'] > 1 else ''} of a "
         f"{measured['machine']}.",
     ]
-    if pruning and pruning.get("shortfall"):
+    if pruning and pruning.get("shortfall") and (pruning["cuts"] or pruning["undone"]):
         lines += [
             "",
             f"A sparsity of {pruning['asked_sparsity']:g} was asked for, and "
