@@ -12,6 +12,8 @@ from tdmpc_prune.words import narrowed
 def main(config: StabilityConfig, given: list[str]) -> None:
     """Certify, on sampled states, how far the agents of a pruning run may be compressed."""
     check_folder(config.out, "out")
+    stability.check_episodes(config)
+    print(f"{stability.demand(config)}\n", flush=True)
     found = stability.judge(config)
     print(narrowed(stability.text(found, config)))
     certificate = json.dumps(stability.certificate(found, config), indent=1)

@@ -15,12 +15,20 @@ from tabulate import tabulate
 from envs import make_env, simulator_step_seconds
 from tdmpc_prune.checkpoint import SavedAgent, save_agent
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.evaluation import Evaluation, agent_size, decision_milliseconds
+from tdmpc_prune.evaluation import (
+    Evaluation,
+    agent_size,
+    decision_milliseconds,
+    median_and_p95,
+)
 from tdmpc_prune.runtime import machine
 from tdmpc_prune.words import COLUMNS, counted, mean_and_std
 
 CARD = "card.md"
+CPU_MS = "CPU ms per decision"
 _REPEATS = 20  # timed decisions of each agent
+
+Times = dict[str, dict[str, Any]]  # agent → its size, and "decision_ms" → "median", "p95"
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,8 @@ class Column:
     agent: SavedAgent
     returns: list[float] | None  # None if nothing is known of it
     source: str  # of the returns: "measured" or "recorded"
-    decision_ms: float
+    decision_ms: float  # median
+    p95_ms: float
 
 
 def columns(
@@ -45,13 +54,47 @@ def columns(
     """
     agents = [agent, parent] if parent else [agent]
     times = decision_milliseconds(*((a.model, a.config) for a in agents), repeats=_REPEATS)
-    found = [Column(agent, evaluation.returns, "measured", float(np.median(times[0])))]
+    found = [Column(agent, evaluation.returns, "measured", *median_and_p95(times[0]))]
     if parent:
         measured = parent_evaluation is not None
         returns = parent_evaluation.returns if measured else recorded_returns(parent)
         source = "measured" if measured else "recorded"
-        found.append(Column(parent, returns, source, float(np.median(times[1]))))
+        found.append(Column(parent, returns, source, *median_and_p95(times[1])))
     return found
+
+
+def by_step(agents: Mapping[str, SavedAgent]) -> dict[str, SavedAgent]:
+    """The agents of a pruning run in the order in which they came."""
+    return dict(sorted(agents.items(), key=lambda item: (len(item[0]), item[0])))
+
+
+def times(agents: Mapping[str, SavedAgent]) -> Times:
+    """Each agent's size, and median and 95 % of its time per decision, measured in turn."""
+    pairs = [(agent.model, agent.config) for agent in agents.values()]
+    measured = decision_milliseconds(*pairs, repeats=_REPEATS)
+    found = {}
+    for (name, agent), own in zip(agents.items(), measured, strict=True):
+        median, p95 = median_and_p95(own)
+        found[name] = agent_size(agent.model, agent.config)
+        found[name]["decision_ms"] = {"median": round(median, 4), "p95": round(p95, 4)}
+    return found
+
+
+def times_table(found: Times) -> str:
+    """What `times` measured, as Markdown."""
+    rows = [
+        (
+            name,
+            f"{own['sparsity']:.3f}",
+            f"{own['parameters']:,}",
+            f"{own['macs']:,}",
+            f"{own['decision_ms']['median']:.2f}",
+            f"{own['decision_ms']['p95']:.2f}",
+        )
+        for name, own in found.items()
+    ]
+    names = ["agent", "sparsity", "parameters", "planning MACs", f"{CPU_MS}, median", "95 %"]
+    return tabulate(rows, names, "pipe", disable_numparse=True)
 
 
 def recorded_returns(agent: SavedAgent) -> list[float] | None:
@@ -72,7 +115,9 @@ def table(found: list[Column]) -> str:
         "parameters": [f"{_size(column)['parameters']:,}" for column in found],
         "planner: samples × iterations × horizon": [_budget(column.agent) for column in found],
         "planning MACs per decision": [f"{_size(column)['macs']:,}" for column in found],
-        "ms per decision (median)": [f"{column.decision_ms:.2f}" for column in found],
+        f"{CPU_MS} (median; 95 % within)": [
+            f"{column.decision_ms:.2f}; {column.p95_ms:.2f}" for column in found
+        ],
         "decisions per second": [f"{1000 / column.decision_ms:.1f}" for column in found],
     }
     if seconds:
@@ -145,6 +190,7 @@ def ship(
         "seed": seed,
         "returns": column.returns,
         "decision_ms": column.decision_ms,
+        "decision_p95_ms": column.p95_ms,
         "machine": machine(),
         "threads": threads,
     }
@@ -173,12 +219,17 @@ def _card(name: str, found: list[Column], measured: dict[str, Any]) -> str:
         "",
         f"Returns are of {counted(len(returns), 'episode')} from seed {measured['seed']}: "
         + ", ".join(f"{value:.0f}" for value in returns)
-        + ". Milliseconds per decision: one environment, "
-        f"{counted(measured['threads'], 'thread')} of a "
-        f"{measured['machine']}, whatever else it was doing.",
+        + ". Milliseconds per decision: CPU time of the deciding thread, one environment, "
+        f"{counted(measured['threads'], 'thread')} of a {measured['machine']}.",
     ]
+    if pruning and pruning.get("shortfall") and (pruning["cuts"] or pruning["undone"]):
+        lines += [
+            "",
+            f"A sparsity of {pruning['asked_sparsity']:g} was asked for, and "
+            f"{pruning['sparsity']:.3f} reached: {pruning['shortfall']}.",
+        ]
     if len(found) > 1 and found[1].source == "recorded":
-        lines[-1] += " The parent's return is the one on file for it."
+        lines += ["", "The parent's return is the one on file for it."]
     lines += ["", "Made by", "", "```sh", *agent.provenance["commands"], "```", ""]
     return "\n".join(lines)
 

@@ -150,7 +150,7 @@ class AutoencoderTrainer:
                             self._stop_request.number,
                         )
             if self.course:
-                pruning_steps.show(self)
+                pruning_steps.conclude(self)
             self._show_pictures()
         except OSError as error:
             raise RunError(f"writing to '{self.run_dir}' failed: {error.strerror}") from error
@@ -220,9 +220,11 @@ class AutoencoderTrainer:
         self.next_evaluation = min(later, end) if self.now < end else later
         mean, std = float(np.mean(values)), float(np.std(values))
         size = self.size()
+        if self.course:
+            self.course.scored(self.now, mean)
         self.log.record("evaluation", self.now, mean=mean, std=std, **size)
         self.log.scalars(self.now, {"evaluation/PSNR": mean} | self._averages.take())
-        self.log.networks(self.now, size, None)
+        self.log.networks(self.now, size)
         self.log.say(
             f"evaluation at {self.now:,} updates: PSNR {mean:.2f} dB over "
             f"{counted(len(values), 'image')}, sparsity {size['sparsity']:.3f}"
@@ -285,7 +287,7 @@ class AutoencoderTrainer:
             "provenance": {
                 "updates": self.now,
                 "psnr": float(np.mean(self.last_psnr)) if known else None,
-                "pruning": self.course.provenance() if self.course else None,
+                "pruning": self.course.provenance(self.now) if self.course else None,
                 "versions": versions(),
             },
             "sha256": {"autoencoder.safetensors": checksum},
@@ -444,9 +446,12 @@ def finish(trainer: AutoencoderTrainer) -> None:
         print(stopped, file=sys.stderr)
         raise SystemExit(128 + stopped.signal_number) from stopped
     size = trainer.size()
+    left = f"{size['parameters']:,} parameters"
+    if trainer.course:
+        left = pruning_report.reached(trainer.course, trainer.now)
     print(
         f"PSNR {score:.2f} dB over {len(trainer.images.test)} images after {trainer.now} updates\n"
-        f"{size['parameters']:,} parameters (sparsity {size['sparsity']:.3f})\n"
+        f"{left}\n"
         f"reconstructions   {trainer.run_dir / 'reconstructions.png'}\n"
         f"everything is in  {trainer.run_dir}\n"
         f"compare runs with tensorboard --logdir runs"

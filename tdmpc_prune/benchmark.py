@@ -19,11 +19,11 @@ from tdmpc_prune.agent.learner import Learner
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan
 from tdmpc_prune.agent.replay import Episode, SequenceReplay
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.agent_report import recorded_returns
+from tdmpc_prune.agent_report import CPU_MS, recorded_returns
 from tdmpc_prune.checkpoint import SavedAgent
 from tdmpc_prune.compression import agent_computation
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.evaluation import decision_milliseconds
+from tdmpc_prune.evaluation import clock, decision_milliseconds, median_and_p95
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
 from tdmpc_prune.pruning.importance import Tracker
@@ -174,16 +174,22 @@ class Gain:
         rows = [
             (
                 name,
-                f"{statistics.median(times):.2f}",
+                f"{median:.2f}",
+                f"{p95:.2f}",
                 f"{np.mean(returns):.1f} ± {np.std(returns):.1f}",
                 f"{len(returns)} {'played' if played else 'on file, with the planner of its own'}",
             )
-            for name, times, returns, played in (
-                ("dense", self.dense_ms, self.dense_returns, self.dense_played),
-                ("this agent", self.ms, self.returns, True),
+            for name, (median, p95), returns, played in (
+                (
+                    "dense",
+                    median_and_p95(self.dense_ms),
+                    self.dense_returns,
+                    self.dense_played,
+                ),
+                ("this agent", median_and_p95(self.ms), self.returns, True),
             )
         ]
-        names = ["", "ms per decision (median)", "return", "episodes"]
+        names = ["", f"{CPU_MS}, median", "95 %", "return", "episodes"]
         return (
             f"{tabulate(rows, names, 'pipe', disable_numparse=True)}\n\n"
             f"{self.times_faster:.1f} times as fast{share if dense_return > 0 else ''}"
@@ -298,11 +304,11 @@ def _matrix_rate(device: torch.device) -> float:
 
 
 def _median_milliseconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
-    times = []
+    times, now = [], clock(device)
     for i in range(_WARM_UP + repeats):
-        began = time.perf_counter()
+        began = now()
         call()
         _wait(device)
         if i >= _WARM_UP:
-            times.append(1000 * (time.perf_counter() - began))
+            times.append(1000 * (now() - began))
     return statistics.median(times)

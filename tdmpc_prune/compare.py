@@ -1,4 +1,4 @@
-"""Runs beside each other: return against env steps, sparsity and milliseconds per decision.
+"""Runs beside each other: return against env steps, sparsity and planning MACs.
 
 Everything comes from the runs' folders: `run.json` and `history.jsonl`. Runs that differ in nothing
 but their seed, and what follows from it, are one arm.
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 from tabulate import tabulate
 
 from tdmpc_prune.checkpoint import read_run
@@ -49,7 +50,7 @@ class Measured:
     sparsity: float | None  # None in the history of older releases, like the next three
     parameters: int | None
     macs: int | None  # multiply-accumulates of one decision
-    decision_ms: float | None
+    decision_ms: float | None  # CPU time at the run's end; wall time meanwhile in older releases
     returns: tuple[float, ...]
 
     @property
@@ -91,6 +92,11 @@ def read(run_dirs: list[Path]) -> tuple[list[Measured], list[Path]]:
 
 def _read_one(run_dir: Path, settings: dict[str, Any], arm: str) -> Iterable[Measured]:
     cut, kept, every = 0, 0, settings["eval_every"]
+    timed = {
+        name: agent["decision_ms"]["median"]
+        for entry in read_history(run_dir, "times")
+        for name, agent in entry["agents"].items()
+    }
     for entry in read_history(run_dir, "evaluation", "tracking", "cut", "undone"):
         if entry["kind"] == "cut":
             cut, kept = entry["step"], cut
@@ -109,7 +115,7 @@ def _read_one(run_dir: Path, settings: dict[str, Any], arm: str) -> Iterable[Mea
                 sparsity=entry.get("sparsity"),
                 parameters=entry.get("parameters"),
                 macs=entry.get("macs", entry.get("planning_macs")),
-                decision_ms=entry.get("decision_ms"),
+                decision_ms=timed.get(f"step-{cut}" if cut else "dense", entry.get("decision_ms")),
                 returns=tuple(entry["returns"]),
             )
 
@@ -181,14 +187,9 @@ def points(measured: list[Measured]) -> list[Point]:
 def table(measured: list[Measured]) -> str:
     """What each arm reached after each of its cuts, as Markdown."""
     found = points(measured)
-    dense: dict[str, list[Point]] = defaultdict(list)
-    for p in found:
-        if p.arm.startswith("dense"):
-            dense[p.task].append(p)
+    curves = _dense_curves(measured)
     rows = []
     for p in found:
-        # With several dense arms there is no saying which is the reference.
-        reference = np.mean(dense[p.task][0].each) if len(dense[p.task]) == 1 else 0
         mean = float(np.mean(p.each)) if p.last else None
         each = f" ({', '.join(f'{value:.0f}' for value in p.each)})" if p.last else ""
         rows.append(
@@ -204,12 +205,54 @@ def table(measured: list[Measured]) -> str:
                 _shown(p.mean_of("macs"), ",.0f"),
                 _shown(p.mean_of("decision_ms"), ".1f"),
                 f"{_shown(mean, '.0f')}{each}",
-                f"{mean / reference:.0%}" if mean is not None and reference > 0 else "",
+                _of_dense(mean, p, curves) if mean is not None else "",
             )
         )
     names = ["task", "arm", "cuts", "runs", "undone in", "env steps", "sparsity", "parameters"]
     names += ["planning MACs", "ms", "return (each run)", "of dense"]
-    return tabulate(rows, names, "pipe", disable_numparse=True)
+    text = tabulate(rows, names, "pipe", disable_numparse=True)
+    if any(m.decision_ms is not None for m in measured):
+        text += (
+            "\n\nms: CPU time per decision, measured at the end of a run, all its agents in turn; "
+            "for runs of older releases wall time while they trained"
+        )
+    return text
+
+
+def _dense_curves(measured: list[Measured]) -> dict[str, dict[float, float]]:
+    """Task → env steps → mean return of its dense runs, where all of them were evaluated.
+
+    With several dense arms there is no saying which is the reference.
+    """
+    curves = _curves(measured)
+    found = {}
+    for task in {m.task for m in measured}:
+        dense = [arm for own, arm in curves if own == task and arm.startswith("dense")]
+        if len(dense) == 1:
+            evaluated: dict[int, list[int]] = defaultdict(list)
+            for m in measured:
+                if (m.task, m.arm, m.moment) == (task, dense[0], "evaluation"):
+                    evaluated[m.due].append(m.env_steps)
+            found[task] = {
+                float(np.mean(evaluated[due])): float(np.mean(each))
+                for due, each in curves[task, dense[0]].items()
+            }
+    return found
+
+
+def _of_dense(mean: float, point: Point, curves: dict[str, dict[float, float]]) -> str:
+    """A return as a share of the dense runs' after as many env steps; else it says after how many.
+
+    Nothing where the dense runs return nothing to compare with.
+    """
+    curve, now = curves.get(point.task, {}), point.mean_of("env_steps")
+    if not curve:
+        return ""
+    at = min(curve, key=lambda env_steps: abs(env_steps - now))
+    if curve[at] <= 0:
+        return ""
+    equal = abs(at - now) <= _EQUAL_ENV_STEPS * now
+    return f"{mean / curve[at]:.0%}" + ("" if equal else f" (dense at {at:,.0f})")
 
 
 def curve_table(measured: list[Measured]) -> str:
@@ -342,6 +385,7 @@ def path_picture(measured: list[Measured]) -> bytes:
         bottom.sharex(top)
         for axis in (top, bottom):
             axis.grid(alpha=0.3)
+        short_ticks(bottom)
     lines = [rows[0][0].plot([], [], color=f"C{i}", label=arm)[0] for i, arm in enumerate(arms)]
     figure.legend(handles=lines, loc="outside lower center", fontsize=8)
     return png(figure)
@@ -361,7 +405,7 @@ def write_csv(measured: list[Measured]) -> str:
 
 
 def picture(measured: list[Measured]) -> bytes:
-    """A row for each task: return against env steps, sparsity, and ms per decision, as PNG.
+    """A row for each task: return against env steps, sparsity, and planning MACs, as PNG.
 
     Error bars and bands span the runs of an arm. A cut that a run undid is a cross.
     """
@@ -369,7 +413,7 @@ def picture(measured: list[Measured]) -> bytes:
     arms = sorted({m.arm for m in measured}, key=lambda arm: (not arm.startswith("dense"), arm))
     colour = {arm: f"C{i % 10}" for i, arm in enumerate(arms)}
     found, curves = points(measured), _curves(measured)
-    figures = {"sparsity": "sparsity", "decision_ms": "ms per decision"}
+    figures = {"sparsity": "sparsity", "macs": "planning MACs"}
     known = [name for name in figures if any(p.mean_of(name) is not None for p in found)]
     figure = Figure(figsize=(4 + 4 * len(known), 0.6 + 3.4 * len(tasks)), layout="constrained")
     rows = figure.subplots(len(tasks), 1 + len(known), squeeze=False)
@@ -387,8 +431,10 @@ def picture(measured: list[Measured]) -> bytes:
             axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
             axis.grid(alpha=0.3)
         low, high = row[-1].get_xlim()
-        if "decision_ms" in known and high > 5 * max(low, 1e-9):
+        if "macs" in known and high > 5 * max(low, 1e-9):
             row[-1].set_xscale("log")
+        for axis in (row[0], *(row[-1:] if "macs" in known else [])):
+            short_ticks(axis)
     lines = [figure.axes[0].plot([], [], "o-", color=colour[arm], label=arm)[0] for arm in arms]
     figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8)
     return png(figure)
@@ -436,6 +482,16 @@ def _draw_points(axis: Axes, own: list[Point], name: str, colour: str) -> None:
     for m in (m for p in own for m in p.undone):
         if getattr(m, name) is not None:
             axis.plot(getattr(m, name), m.mean, "x", color=colour, markersize=5)
+
+
+def short_ticks(axis: Axes) -> None:
+    """Few and short labels on an axis of large numbers: 50 k, 200 k, 1 M."""
+    if axis.get_xscale() == "log":
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axis.xaxis.set_major_formatter(EngFormatter())
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -22,10 +22,16 @@ from tqdm import tqdm
 
 from tdmpc_prune import agent_report, playing
 from tdmpc_prune.agent.config import PlannerConfig
+from tdmpc_prune.agent_report import CPU_MS, recorded_returns
 from tdmpc_prune.checkpoint import SavedAgent, load_agent, load_agents, load_parent
 from tdmpc_prune.config import FitConfig, PruneCheckpointConfig
 from tdmpc_prune.errors import RunError, UserError
-from tdmpc_prune.evaluation import Evaluation, agent_size, decision_milliseconds
+from tdmpc_prune.evaluation import (
+    Evaluation,
+    agent_size,
+    decision_milliseconds,
+    median_and_p95,
+)
 from tdmpc_prune.files import png
 from tdmpc_prune.prune_checkpoint import training_config
 from tdmpc_prune.runs import default_run_dir
@@ -36,7 +42,7 @@ _FEWEST_SAMPLES = 16
 _ITERATIONS = (1, 2, 3, 4, 6)
 _HORIZONS = (1, 2, 3, 5)
 _CUTTING_ENV_STEPS = 20_000
-_REPEATS = 9  # timed decisions of a candidate
+_REPEATS = 20  # timed decisions of a candidate
 _CONFIRMING_REPEATS = 200
 _MARGIN = 0.9  # of the control period: what is nearly too slow at first glance is left out
 _FIRST_LOOK = 4  # every candidate is played a 4th of the episodes …
@@ -54,6 +60,7 @@ class Candidate:
     iterations: int
     horizon: int
     decision_ms: float  # median
+    p95_ms: float
     returns: tuple[float, ...] = ()
     first: int = 0  # how many of them every candidate played
 
@@ -77,7 +84,28 @@ class Confirmation:
 
     @property
     def median_ms(self) -> float:
-        return float(np.median(self.decision_ms))
+        return median_and_p95(self.decision_ms)[0]
+
+    @property
+    def p95_ms(self) -> float:
+        return median_and_p95(self.decision_ms)[1]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The return of which a fraction may be lost: the best that is known."""
+
+    mean_return: float
+    name: str  # of the agent that it is of
+    dense: float  # the dense agent's
+
+    def __str__(self) -> str:
+        if self.name == "dense":
+            return f"the dense agent's {self.dense:.1f}"
+        return (
+            f"the {self.mean_return:.1f} on file for '{self.name}', because the dense agent, which "
+            f"had learnt less, returns {self.dense:.1f}"
+        )
 
 
 @dataclass(frozen=True)
@@ -87,6 +115,7 @@ class Fit:
     played: list[Candidate]  # all that were fast enough and not dominated; the best come first
     period_ms: float
     least_return: float
+    reference: Reference
     confirmations: list[Confirmation]  # the last of them is the fitted agent's, if there is one
     fitted: SavedAgent | None  # None if no candidate is both fast and good enough
 
@@ -100,6 +129,7 @@ class Fit:
                 f"{c.sparsity:.3f}",
                 f"{c.samples} × {c.iterations} × {c.horizon}",
                 f"{c.decision_ms:.2f}",
+                f"{c.p95_ms:.2f}",
                 f"{1000 / c.decision_ms:.0f}",
                 mean_and_std(c.returns),
                 len(c.returns),
@@ -108,7 +138,7 @@ class Fit:
             for c in self.played
         ]
         names = ["networks", "parameters", "sparsity", "samples × iterations × horizon"]
-        names += ["ms per decision", "Hz", "return", "episodes", "frontier"]
+        names += [f"{CPU_MS}, median", "95 %", "Hz", "return", "episodes", "frontier"]
         return tabulate(rows, names, "pipe", disable_numparse=True)
 
     def sentence(self, config: FitConfig) -> str:
@@ -118,14 +148,16 @@ class Fit:
             agent_size(self.fitted.model, self.fitted.config),
         )
         last = self.confirmations[-1]
-        median, slow = last.median_ms, np.percentile(last.decision_ms, 95)
+        median, mean = last.median_ms, last.evaluation.mean
+        better = mean > self.reference.mean_return
         return (
             f"{size['parameters']:,} parameters, {planner.samples} samples, "
             f"{counted(planner.iterations, 'iteration')}, horizon {planner.horizon}: "
-            f"{median:.2f} ms per decision ({1000 / median:.0f} Hz; 95 % within {slow:.2f} ms), "
+            f"{median:.2f} {CPU_MS} ({1000 / median:.0f} Hz; 95 % within {last.p95_ms:.2f} ms), "
             f"return {mean_and_std(last.evaluation.returns)} over "
             f"{counted(len(last.evaluation.returns), 'other episode')}, at least "
-            f"{self.least_return:.1f} was asked for"
+            f"{self.least_return:.1f} was asked for, of {self.reference}"
+            + ("; the fitted agent returns more than that" if better else "")
         )
 
     def csv(self) -> str:
@@ -141,7 +173,7 @@ class Fit:
 
     def picture(self) -> bytes:
         """Return against milliseconds per decision, as PNG."""
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        figure = Figure(figsize=(9, 4.5), layout="constrained")
         axis = figure.subplots()
         for network in dict.fromkeys(c.network for c in sorted(self.played, key=_by_parameters)):
             own = [c for c in self.played if c.network == network]
@@ -157,29 +189,49 @@ class Fit:
         )
         axis.axvline(self.period_ms, color="C3", linestyle="--", label="the rate's period")
         axis.axhline(self.least_return, color="C3", linestyle=":", label="least return")
-        axis.set_xlabel("ms per decision")
+        if self.fitted:
+            won = self.confirmations[-1].candidate
+            at = (won.decision_ms, won.first_mean)
+            ring = {"markersize": 14, "markerfacecolor": "none", "markeredgewidth": 2}
+            axis.plot(*at, "o", color="black", label="chosen, and confirmed", **ring)
+        axis.set_xlabel(f"{CPU_MS} (median)")
         axis.set_ylabel(f"return of the first {self.played[0].first} episodes")
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        figure.legend(loc="outside right upper", fontsize=7)
         return png(figure)
 
 
-def search(config: FitConfig, found: dict[str, SavedAgent], reference: float) -> Fit:
+def best_known(found: dict[str, SavedAgent], dense: float) -> Reference:
+    """The best return among the dense agent's and those on file for the networks.
+
+    A dense agent that was cut while it still learnt returns less than what became of it.
+    """
+    known = {n: recorded_returns(agent) for n, agent in found.items() if not agent.is_dense}
+    means = {name: float(np.mean(values)) for name, values in known.items() if values}
+    best = max(means, key=means.get, default="dense")
+    if means.get(best, dense) <= dense:
+        return Reference(dense, "dense", dense)
+    return Reference(means[best], best, dense)
+
+
+def search(config: FitConfig, found: dict[str, SavedAgent], reference: Reference) -> Fit:
     """Find the best agent that is fast enough.
 
     Args:
         config: rate, drop, episodes.
         found: the networks, by name.
-        reference: the dense agent's return.
+        reference: the return to compare with.
     """
     period = 1000 / config.rate_hz
-    least = reference - config.max_return_drop * abs(reference)
+    best = reference.mean_return
+    least = best - config.max_return_drop * abs(best)
     largest = [
         candidate
         for name, agent in tqdm(found.items(), desc="timing", unit="network", leave=False)
         for candidate in _largest_budgets(name, agent, _MARGIN * period)
     ]
+    largest = _timed_in_turn(largest, found)
 
     def play(candidate: Candidate, episodes: int, seed: int) -> Candidate:
         agent = _with_budget(found[candidate.network], candidate)
@@ -194,14 +246,15 @@ def search(config: FitConfig, found: dict[str, SavedAgent], reference: float) ->
     played.sort(key=lambda c: -c.mean)
     rest = config.episodes - first
     if rest:
-        best = tqdm(played[:_SECOND_LOOK], desc="playing the best", unit="candidate", leave=False)
-        played[:_SECOND_LOOK] = [play(candidate, rest, config.seed + first) for candidate in best]
+        better = tqdm(played[:_SECOND_LOOK], desc="playing the best", unit="candidate", leave=False)
+        played[:_SECOND_LOOK] = [play(candidate, rest, config.seed + first) for candidate in better]
         played[:_SECOND_LOOK] = sorted(played[:_SECOND_LOOK], key=lambda c: -c.mean)
 
     confirmations = []
-    for place, candidate in enumerate(played[:_SECOND_LOOK], start=1):
+    again = played[:_SECOND_LOOK]
+    each = _decision_times(again, found, _CONFIRMING_REPEATS)
+    for place, (candidate, times) in enumerate(zip(again, each, strict=True), start=1):
         agent = _with_budget(found[candidate.network], candidate)
-        (times,) = decision_milliseconds((agent.model, agent.config), repeats=_CONFIRMING_REPEATS)
         evaluation = None
         if np.median(times) <= period:
             # Episodes that neither chose it nor judged another one.
@@ -209,8 +262,8 @@ def search(config: FitConfig, found: dict[str, SavedAgent], reference: float) ->
             evaluation = playing.measure(agent, config.episodes, seed)
         confirmations.append(Confirmation(candidate, times, evaluation))
         if evaluation is not None and evaluation.mean >= least:
-            return Fit(played, period, least, confirmations, agent)
-    return Fit(played, period, least, confirmations, None)
+            return Fit(played, period, least, reference, confirmations, agent)
+    return Fit(played, period, least, reference, confirmations, None)
 
 
 def free_folder(config: FitConfig) -> Path:
@@ -278,7 +331,7 @@ def fit(config: FitConfig, folder: Path, command: str) -> Fit:
     if len(card["returns"]) < config.episodes:
         played = playing.measure(dense, config.episodes, config.seed)
     returns = played.returns if played else card["returns"]
-    result = search(config, found, float(np.mean(returns)))
+    result = search(config, found, best_known(found, float(np.mean(returns))))
     if result.fitted:
         last = result.confirmations[-1]
         columns = agent_report.columns(result.fitted, last.evaluation, dense, played)
@@ -304,13 +357,14 @@ def failure(result: Fit, config: FitConfig) -> RunError:
     if not fast:
         quickest = min(c.median_ms for c in result.confirmations)
         return RunError(
-            f"{start}: the best candidates took {quickest:.2f} ms per decision and more when timed "
-            f"for longer, {result.period_ms:.2f} ms are allowed; nothing was saved"
+            f"{start}: the best candidates took {quickest:.2f} ms per decision and more (CPU "
+            f"time) when timed for longer, {result.period_ms:.2f} ms are allowed; nothing was saved"
         )
     best = max(fast, key=lambda c: c.evaluation.mean)
     return RunError(
         f"{start}: the best that is fast enough ({best.median_ms:.2f} ms per decision) returned "
         f"{best.evaluation.mean:.1f}, and {result.least_return:.1f} is needed; nothing was saved"
+        + ("" if result.reference.name == "dense" else f" (it is measured by {result.reference})")
     )
 
 
@@ -367,7 +421,7 @@ def _largest_budgets(name: str, agent: SavedAgent, limit_ms: float) -> list[Cand
     budgets above it or below it.
     """
     size = agent_size(agent.model, agent.config)
-    fast: list[tuple[PlannerConfig, float]] = []
+    fast: list[tuple[PlannerConfig, tuple[float, float]]] = []  # with median and 95 %
     slow: list[PlannerConfig] = []
     for planner in budgets(agent.config.planner):
         if any(_within(planner, other) for other, _ in fast):
@@ -376,9 +430,9 @@ def _largest_budgets(name: str, agent: SavedAgent, limit_ms: float) -> list[Cand
             continue
         config = replace(agent.config, planner=planner)
         (times,) = decision_milliseconds((agent.model, config), repeats=_REPEATS)
-        median = float(np.median(times))
-        if median <= limit_ms:
-            fast.append((planner, median))
+        found = median_and_p95(times)
+        if found[0] <= limit_ms:
+            fast.append((planner, found))
         else:
             slow.append(planner)
     return [
@@ -389,9 +443,26 @@ def _largest_budgets(name: str, agent: SavedAgent, limit_ms: float) -> list[Cand
             planner.samples,
             planner.iterations,
             planner.horizon,
-            median,
+            *times,
         )
-        for planner, median in fast
+        for planner, times in fast
+    ]
+
+
+def _decision_times(
+    candidates: list[Candidate], found: dict[str, SavedAgent], repeats: int
+) -> list[list[float]]:
+    """Times of single decisions of all candidates in turn, ms."""
+    agents = [_with_budget(found[candidate.network], candidate) for candidate in candidates]
+    return decision_milliseconds(*((a.model, a.config) for a in agents), repeats=repeats)
+
+
+def _timed_in_turn(candidates: list[Candidate], found: dict[str, SavedAgent]) -> list[Candidate]:
+    """The candidates with times that can be compared with each other."""
+    times = map(median_and_p95, _decision_times(candidates, found, _REPEATS))
+    return [
+        replace(candidate, decision_ms=median, p95_ms=p95)
+        for candidate, (median, p95) in zip(candidates, times, strict=True)
     ]
 
 

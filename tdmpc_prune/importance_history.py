@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from scipy.stats import rankdata, spearmanr
 
 from tdmpc_prune.errors import UserError
@@ -195,7 +196,11 @@ def as_csv(history: ImportanceHistory) -> str:
 
 
 def draw(history: ImportanceHistory) -> Figure:
-    """For each metric, importance and rank of each group against time; moves of rank are dotted."""
+    """For each metric, importance and rank of each group against time; moves of rank are dotted.
+
+    Cuts are lines with a dark rim, for light and dark cells, and triangles above them: the first
+    one may lie at the very edge.
+    """
     metrics = list(history.values)
     height = 0.8 + (0.6 + 0.16 * len(history.groups)) * len(metrics)
     figure = Figure(figsize=(13, height), layout="constrained")
@@ -209,11 +214,12 @@ def draw(history: ImportanceHistory) -> Figure:
             norm = LogNorm(positive.min(), positive.max())
         image = left.pcolormesh(history.times, places, positive, norm=norm, shading="nearest")
         figure.colorbar(image, ax=left)
-        left.set_title(f"{metric}: importance per parameter", fontsize=9)
+        left.set_title(f"{metric}: importance per parameter", fontsize=9, pad=8)
         ranks = np.ma.masked_invalid(history.ranks(metric))
         image = right.pcolormesh(history.times, places, ranks, cmap="viridis_r", shading="nearest")
         figure.colorbar(image, ax=right)
-        right.set_title(f"{metric}: rank (1 is the most important; dots: it changed)", fontsize=9)
+        title = f"{metric}: rank (1 is the most important; dots: it changed)"
+        right.set_title(title, fontsize=9, pad=8)
         group, time = np.nonzero(history.changes(metric))
         right.plot(history.times[time], places[group], ".", color="C3", markersize=3)
         for axis in (left, right):
@@ -224,10 +230,15 @@ def draw(history: ImportanceHistory) -> Figure:
         axis.tick_params(axis="y", labelsize=7)
     rows[0, 0].invert_yaxis()
     for axis in rows[-1]:
-        axis.set_xlabel(f"{history.unit.replace('_', ' ')} (dashed: cuts)")
+        axis.set_xlabel(f"{history.unit.replace('_', ' ')} (lines with ▼: cuts)")
     return figure
 
 
 def _mark_cuts(axis: Axes, history: ImportanceHistory) -> None:
+    rim = [withStroke(linewidth=2, foreground="black")]
     for cut in history.cuts:
-        axis.axvline(cut, color="white", linewidth=0.8, linestyle="--")
+        axis.axvline(cut, color="white", linewidth=0.8, path_effects=rim)
+        above = axis.get_xaxis_transform()  # x as in the data, y as a part of the axis' height
+        axis.plot(cut, 1, "v", color="C3", markersize=5, clip_on=False, transform=above)
+    low, high = axis.get_xlim()
+    axis.set_xlim(min([low, *history.cuts]), max([high, *history.cuts]))

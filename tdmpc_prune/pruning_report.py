@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from tdmpc_prune import importance_history
 from tdmpc_prune.checkpoint import read_run
@@ -53,12 +54,43 @@ def sentence(record: dict[str, Any], course: Course) -> str:
     recovery, unit = record["recovery"], _words(course.unit)
     took = "not back at 95 %" if recovery is None else f"95 % back after {recovery} {unit}"
     outcome = "kept" if record["kept"] else f"UNDONE: below {record['least']:.4g}"
+    step, steps = record["step"], course.schedule.steps
+    which = f"of {steps}" if step <= steps else "(smaller, in place of one undone)"
     return (
-        f"cut {record['step']} of {course.schedule.steps} at {record['cut_at']:,} {unit}: sparsity "
+        f"cut {step} {which} at {record['cut_at']:,} {unit}: sparsity "
         f"{record['sparsity']:.3f} ({record['parameters']:,} parameters), {course.score} "
         f"{record['before']['mean']:.4g} before, {record['after']['mean']:.4g} right after, "
         f"{record['recovered']['mean']:.4g} recovered ({took}); {outcome}"
     )
+
+
+def reached(course: Course, now: int) -> str:
+    """What is left at the end of a run, beside what was asked for."""
+    found, dense = course.outcome(now), sum(course.dense.values())
+    asked, shortfall = found["asked_sparsity"], found["shortfall"]
+    return (
+        f"{found['parameters']:,} of {dense:,} parameters are left (sparsity "
+        f"{found['sparsity']:.3f}; {asked:g} was asked for), and {found['macs']:,} MACs per "
+        f"{'decision' if course.score == 'return' else 'reconstruction'}"
+        + (f"\nless than asked for: {shortfall}" if shortfall else "")
+    )
+
+
+def doubt(course: Course) -> str | None:
+    """Why the dense networks may be a poor reference, at the first cut; None if they are none."""
+    scores, unit = course.stage.dense_scores, _words(course.unit)
+    shown = ", ".join(f"{score:.4g} at {time:.0f}" for time, score in scores[-4:])
+    if course.levelled_off is False:
+        return (
+            f"the {course.score} was still rising at the first cut ({shown} {unit}): the dense "
+            f"networks had not learnt out; train longer before it (prune.start, {course.unit})"
+        )
+    if course.levelled_off is None and not course.stage.gathered:
+        return (
+            f"there was only one evaluation before the first cut ({shown} {unit}): whether the "
+            f"{course.score} was still rising is not known; lower eval_every"
+        )
+    return None
 
 
 def _words(unit: str) -> str:
@@ -66,7 +98,7 @@ def _words(unit: str) -> str:
 
 
 def draw_course(run_dir: Path, unit: str, score: str) -> Figure:
-    """Score, sparsity, and milliseconds per decision or MACs against time, each cut marked."""
+    """Score, sparsity and MACs against time, each cut marked."""
     settings = read_run(run_dir)
     evaluations = read_history(run_dir, "evaluation", "tracking")
     tracked = read_history(run_dir, "tracking")
@@ -90,8 +122,8 @@ def draw_course(run_dir: Path, unit: str, score: str) -> Figure:
         label="right after a cut",
     )
     if tracked:
-        reference = tracked[0]["mean"]
-        top.axhline(reference, color="0.5", linewidth=0.8, linestyle=":", label="dense reference")
+        dense = tracked[0]["mean"]
+        top.axhline(dense, color="0.5", linewidth=0.8, linestyle=":", label="before the first cut")
     top.set_ylabel(f"evaluation {score}")
     top.set_ylim(bottom=min(0, top.get_ylim()[0]))
     top.set_title(
@@ -100,20 +132,19 @@ def draw_course(run_dir: Path, unit: str, score: str) -> Figure:
         fontsize=10,
     )
 
-    timed = any("decision_ms" in t for t in tracked)
     sizes = [(0, 0.0, None)] if not settings.get("start_from") else []
     sizes += [
-        (t[unit], t["sparsity"], t.get("decision_ms") if timed else t["macs"])
-        for t in read_history(run_dir, "tracking", "undone")
+        (t[unit], t["sparsity"], t.get("macs")) for t in read_history(run_dir, "tracking", "undone")
     ]
-    sizes += [(evaluations[-1][unit], sizes[-1][1], None)] if sizes and evaluations else []
+    sizes += [(evaluations[-1][unit], *sizes[-1][1:])] if sizes and evaluations else []
     middle.step([s[0] for s in sizes], [s[1] for s in sizes], where="post", color="C1")
     middle.set_ylabel("sparsity")
     middle.set_ylim(0, 1)
     costs = [(s[0], s[2]) for s in sizes if s[2] is not None]
-    bottom.plot([c[0] for c in costs], [c[1] for c in costs], color="C2", marker=".")
-    bottom.set_ylabel("ms per decision" if timed else "MACs")
+    bottom.step([c[0] for c in costs], [c[1] for c in costs], where="post", color="C2")
+    bottom.set_ylabel("planning MACs" if score == "return" else "MACs")
     bottom.set_ylim(bottom=0)
+    bottom.yaxis.set_major_formatter(EngFormatter())
     bottom.set_xlabel(_words(unit))
     for axis in (top, middle, bottom):
         axis.grid(alpha=0.3)
@@ -131,5 +162,5 @@ def draw_course(run_dir: Path, unit: str, score: str) -> Figure:
             fontsize=7,
         )
     if tracked:
-        top.legend(fontsize=8, loc="lower right")
+        figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     return figure

@@ -88,7 +88,7 @@ def measure(run: Run) -> None:
     size = course.size()
     run.log.record("tracking", now, moment=moment, step=record["step"], **measured, **more, **size)
     run.log.scalars(now, {f"pruning/{course.score}": measured["mean"]})
-    run.log.networks(now, size, measured.get("decision_ms"))
+    run.log.networks(now, size)
     if moment in ("recovered", "not recovered"):
         run.log.record("pruning step", now, **record)
         run.log.say(pruning_report.sentence(record, course))
@@ -104,6 +104,9 @@ def cut(run: Run) -> None:
     if not plan.removed:
         course.skip()
         return
+    if not course.stage.changes and (doubt := pruning_report.doubt(course)):
+        run.log.record("warning", now, text=doubt, scores=course.stage.dense_scores)
+        run.log.say(f"note: {doubt}")
     step = course.stage.step + 1
     folder = run.run_dir / "plans"
     folder.mkdir(exist_ok=True)
@@ -124,7 +127,7 @@ def undo(run: Run) -> None:
     course.undo(run.take_back(*course.before_cut()))
     size = course.size()
     run.log.record("undone", now, step=course.stage.record["step"], **size)
-    run.log.networks(now, size, None)
+    run.log.networks(now, size)
     run.save()
 
 
@@ -139,16 +142,17 @@ def log_importance(run: Run) -> None:
     run.log.scalars(
         now,
         {
-            f"importance by {kind[:-1]}/{metric}/{name}": value
+            f"unit importance by {kind[:-1]}/{metric}/{name}": value  # "unit" sorts last
             for kind, metrics in importance.items()
             for metric, values in metrics.items()
             for name, value in values.items()
         }
-        | {f"rank correlation/{pair}": value for pair, value in correlations.items()},
+        | {f"unit rank correlation/{pair}": value for pair, value in correlations.items()},
     )
 
 
-def show(run: Run) -> None:
-    """The pictures of a finished pruning run."""
+def conclude(run: Run) -> None:
+    """What a finished pruning run reached, in its history, and its pictures."""
+    run.log.record("end", run.now, **run.course.outcome(run.now))
     for path in pruning_report.save(run.run_dir, run.course):
         run.log.picture(f"pruning/{path.stem}", path, run.now)

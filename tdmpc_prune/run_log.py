@@ -22,7 +22,16 @@ from tdmpc_prune.config import by_dotted_name
 
 _SECONDS_BETWEEN_REFRESHES = 0.5
 _BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-_OUTCOMES = ("networks/sparsity", "networks/parameters", "networks/milliseconds per decision")
+_OUTCOMES = ("networks/sparsity", "networks/parameters", "networks/macs")
+_READ_ME = """**Set "Smoothing" to 0** in the settings beside the charts (it is 0.6 at first), and
+switch "Ignore outliers in chart scaling" off: a run has few evaluations, and what is smoothed lags
+behind them, so that the best run may not look the best.
+
+- `evaluation` is the result; the {score} under `pruning` is of fewer {samples}, around each cut.
+- `networks/macs` is the exact cost of {use}. `speed` is wall time under whatever load the
+  machine had, and is no result{times}.
+- A run in a folder `none` is the dense one.
+"""
 
 
 @dataclass
@@ -96,6 +105,15 @@ class RunLog:
             settings: of the run.
             score: what is measured: "return", "PSNR".
         """
+        agent = score == "return"
+        words = {
+            "samples": "episodes" if agent else "images",
+            "use": "a decision" if agent else "a reconstruction",
+            "times": '; CPU times of all agents of the run are in its text "decision times"'
+            if agent
+            else "",
+        }
+        self.text("! read me first", _READ_ME.format(score=score, **words), 0)
         outcomes = [f"evaluation/{score}", *_OUTCOMES]
         for summary in hparams(_shown(settings), dict.fromkeys(outcomes, 0.0)):
             self._writer.file_writer.add_summary(summary)
@@ -103,11 +121,11 @@ class RunLog:
         charts = {
             score: f"evaluation/{score}",
             "sparsity": "networks/sparsity",
-            "milliseconds per decision": "networks/milliseconds per decision",
+            "planning MACs" if agent else "MACs": "networks/macs",
             f"{score} around the cuts": f"pruning/{score}",
         }
         layout = {title: ["Multiline", [tag]] for title, tag in charts.items()}
-        self._writer.add_custom_scalars({"Dense and pruned": layout})
+        self._writer.add_custom_scalars({"Dense and pruned (set smoothing to 0)": layout})
 
     def record(self, kind: str, now: int, **values: Any) -> None:
         """Add a line to the history."""
@@ -121,12 +139,13 @@ class RunLog:
         for name, value in values.items():
             self._writer.add_scalar(name, value, now)
 
-    def networks(self, now: int, size: dict[str, float], milliseconds: float | None) -> None:
-        """Add what the networks are now to TensorBoard: size, and an agent's time per decision."""
-        scalars = {f"networks/{name}": value for name, value in size.items()}
-        if milliseconds is not None:
-            scalars["networks/milliseconds per decision"] = milliseconds
-        self.scalars(now, scalars)
+    def networks(self, now: int, size: dict[str, float]) -> None:
+        """Add the networks' size to TensorBoard."""
+        self.scalars(now, {f"networks/{name}": value for name, value in size.items()})
+
+    def text(self, name: str, markdown: str, now: int) -> None:
+        """Add a text to TensorBoard."""
+        self._writer.add_text(name, markdown, now)
 
     def progress(self, now: int | None = None, doing: str = "", **shown: str) -> None:
         """Move the progress bar to `now`, and show `shown` beside what it shows already.
@@ -159,11 +178,28 @@ class RunLog:
 
 
 def _shown(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings by their dotted names, of the types that TensorBoard shows."""
+    """Settings by their dotted names, of the types that TensorBoard shows.
+
+    What tells runs apart comes first. A dense run has no settings of pruning.
+    """
+    flat = by_dotted_name(settings)
+    dense = flat["prune.method"] == "none"
+    first = {
+        "task": flat.get("task") or f"autoencoder of {flat['data.name']}",
+        "method": "dense" if dense else flat["prune.method"],
+        "sparsity": 0.0 if dense else flat["prune.sparsity"],
+        "seed": flat["seed"],
+    }
+    rest = {
+        name: value
+        for name, value in flat.items()
+        if name not in (*first, "prune.method", "prune.sparsity")
+        and not (dense and name.startswith("prune."))
+    }
     simple = (bool, int, float, str)
     return {
         name: value if isinstance(value, simple) else json.dumps(value)
-        for name, value in by_dotted_name(settings).items()
+        for name, value in (first | rest).items()
     }
 
 

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from tdmpc_prune import agent_report, pruning_report
 from tdmpc_prune.checkpoint import (
     checkpoint_dir,
     create_run,
@@ -97,10 +98,8 @@ def finish(trainer: Trainer) -> None:
         raise SystemExit(128 + stopped.signal_number) from stopped
     pruned = ""
     if trainer.course:
-        size, dense = trainer.course.size(), sum(trainer.course.dense.values())
         pruned = (
-            f"{size['parameters']:,} of {dense:,} parameters are left (sparsity "
-            f"{size['sparsity']:.3f}), and {size['macs']:,} MACs per decision\n"
+            f"{pruning_report.reached(trainer.course, trainer.now)}\n"
             f"what each cut did   {trainer.run_dir / 'course.png'}\n"
         )
     broken = trainer.progress.broken_episodes
@@ -110,6 +109,7 @@ def finish(trainer: Trainer) -> None:
         f"return {mean_and_std(evaluation.returns)} over "
         f"{counted(len(evaluation.returns), 'episode')} after "
         f"{trainer.progress.env_steps:,} env steps\n"
+        f"{agent_report.times_table(trainer.times)}\n"
         f"{pruned}"
         f"everything is in   {trainer.run_dir}\n"
         f"evaluate it with   python scripts/evaluate.py checkpoint={trainer.run_dir}\n"

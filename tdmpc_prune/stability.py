@@ -8,6 +8,8 @@ out holds with confidence for states drawn as they were drawn here; it is no pro
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -31,6 +33,7 @@ from tdmpc_prune.runtime import set_threads, versions
 from tdmpc_prune.words import counted
 
 _TOGETHER = 10  # episodes that are played at once
+_WORSE = 0.05  # a reference that returns by this fraction less had learnt less
 _CALIBRATION_SEED = 500_000  # added to the seed, so that the target set is of other episodes
 
 ASSUMPTIONS = (
@@ -60,11 +63,25 @@ class Rate:
 
     @staticmethod
     def of(outcomes: Sequence[bool]) -> Rate:
-        successes, trials = int(np.sum(outcomes)), len(outcomes)
+        return Rate.of_counts(int(np.sum(outcomes)), len(outcomes))
+
+    @staticmethod
+    def of_counts(successes: int, trials: int) -> Rate:
         if not trials:
             return Rate(0, 0, 0.0, 1.0)
         interval = binomtest(successes, trials).proportion_ci(0.95, method="exact")
         return Rate(successes, trials, float(interval.low), float(interval.high))
+
+    @staticmethod
+    def needed(low: float, trials: int) -> int | None:
+        """The fewest successes with a lower end of at least `low`; None: not even all trials."""
+        found = bisect_left(range(trials + 1), low, key=lambda k: Rate.of_counts(k, trials).low)
+        return found if found <= trials else None
+
+    @staticmethod
+    def fewest(low: float) -> int:
+        """The fewest trials that, all successes, have a lower end of at least `low`."""
+        return math.ceil(math.log(0.025) / math.log(low))
 
     def __str__(self) -> str:
         if not self.trials:
@@ -123,10 +140,11 @@ def judge(config: StabilityConfig) -> Stability:
     """Play, and judge every agent of `config.checkpoint`.
 
     Raises:
-        UserError: there is no such checkpoint, no dense agent to refer to, or agents are of
-            different tasks.
+        UserError: there are too few episodes to call any agent safe, there is no such checkpoint,
+            no dense agent to refer to, or agents are of different tasks.
         TaskError: there is no such body.
     """
+    check_episodes(config)
     set_threads(config.threads)
     agents, reference = _agents(config)
     disturbances, calibration_seed = to_plain(config.disturb), config.seed + _CALIBRATION_SEED
@@ -164,6 +182,31 @@ def judge(config: StabilityConfig) -> Stability:
         judged=tuple(judged),
         boundary=boundary(judged),
         gaps=gaps,
+    )
+
+
+def check_episodes(config: StabilityConfig) -> None:
+    """Refuse so few episodes that no agent could be called safe.
+
+    Raises:
+        UserError: says how many it takes.
+    """
+    episodes, wanted = config.episodes, config.probability
+    if Rate.needed(wanted, episodes) is None:
+        fewest, low = Rate.fewest(wanted), Rate.of_counts(episodes, episodes).low
+        raise UserError(
+            f"episodes={episodes} cannot show probability={wanted:g}: if all {episodes} stay, the "
+            f"lower 95 % end is {low:.3f}; give episodes={fewest} or more ({fewest} of {fewest})"
+        )
+
+
+def demand(config: StabilityConfig) -> str:
+    """What an agent has to do to be called safe, in a sentence."""
+    return (
+        f"safe is an agent that stays in at least "
+        f"{Rate.needed(config.probability, config.episodes)} of {config.episodes} episodes (lower "
+        f"95 % end {config.probability:g}), with a return drop of at most "
+        f"{config.max_return_drop:g}"
     )
 
 
@@ -329,6 +372,7 @@ def certificate(found: Stability, config: StabilityConfig) -> dict[str, Any]:
         "settings": to_plain(config),
         "agents": [asdict(one) for one in found.judged],
         "boundary": asdict(found.boundary) if found.boundary else None,
+        "return_more_than_the_reference": [one.name for one in weaker_than(found)],
         "versions": versions(),
     }
 
@@ -358,7 +402,26 @@ def text(found: Stability, config: StabilityConfig) -> str:
         f"{counted(config.episodes, 'episode')} of each agent, {conditions}; target set: W <= "
         f"{found.target.level:.3g} (V_max {found.target.largest_value:.4g}), to be kept for the "
         f"last {found.target.hold} of {found.target.decisions} decisions\n\n{table}\n\n"
-        f"{verdict(found, config)}{_doubt(found)}"
+        f"{verdict(found, config)}{_doubt(found)}{_weakness(found)}"
+    )
+
+
+def weaker_than(found: Stability) -> list[Judged]:
+    """The agents that return noticeably more than the dense reference that they are judged by."""
+    dense = found.judged[0].mean_return
+    return [one for one in found.judged[1:] if one.mean_return - dense > _WORSE * abs(dense)]
+
+
+def _weakness(found: Stability) -> str:
+    better = weaker_than(found)
+    if not better:
+        return ""
+    best = max(better, key=lambda one: one.mean_return)
+    return (
+        f"\n\nthe dense reference returns {found.judged[0].mean_return:.1f}, less than "
+        f"{', '.join(one.name for one in better)} (up to {best.mean_return:.1f}): it had not "
+        f"learnt out, and drops are measured by its lower return. Give a dense agent that has "
+        f"learnt as long: reference=…"
     )
 
 
@@ -428,7 +491,8 @@ def trajectories_picture(found: Stability) -> bytes:
         axis.set_xlabel("decisions")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("value gap W of the dense reference")
-    axes[0].legend(fontsize=8)
+    lines, labels = axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=2, fontsize=8)
     return png(figure)
 
 
@@ -454,10 +518,16 @@ def boundary_picture(found: Stability, config: StabilityConfig) -> bytes:
     for axis in (top, bottom):
         _mark_boundary(axis, found)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="lower left")
+    handles = {
+        label: line
+        for axis in (top, bottom)
+        for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, fontsize=8)
     return png(figure)
 
 
 def _mark_boundary(axis: Axes, found: Stability) -> None:
     if found.boundary:
-        axis.axvline(found.boundary.sparsity, color="C2", linewidth=2, label="boundary")
+        at = found.boundary.sparsity
+        axis.axvline(at, color="C2", linewidth=2, zorder=0, label="boundary")

@@ -60,6 +60,7 @@ _BETTER = {
     "end": "more at the end",
 }
 _REFERENCES = ("magnitude", "random", REINITIALISED, SMALL)  # the arms to improve on
+_BAND = 0.6  # width of what is drawn at one sparsity, in halvings of the parameters
 _FEWEST = 3  # runs that are given an interval
 
 
@@ -332,7 +333,11 @@ def _colours(results: list[Result]) -> dict[str, str]:
 
 
 def _against_sparsity(results: list[Result]) -> Figure:
-    """The three readings against sparsity, a row for each task; and every run as a point."""
+    """The three readings against sparsity, a row for each task; and every run as a point.
+
+    The axis is one of numbers, the logarithm of the parameters left; in each band are the arms of
+    one sparsity beside each other, else equal ones hide each other.
+    """
     tasks = list(dict.fromkeys(r.task for r in results))
     readings = {
         "return right after the cut": lambda r: r.after,
@@ -342,27 +347,38 @@ def _against_sparsity(results: list[Result]) -> Figure:
         "return at the end of the budget": lambda r: r.end,
     }
     figure = Figure(figsize=(14, 1 + 3.6 * len(tasks)), layout="constrained")
-    rows = figure.subplots(len(tasks), len(readings), squeeze=False)
+    rows = figure.subplots(len(tasks), len(readings), squeeze=False, sharex=True)
     colours = _colours(results)
+    cut = [arm for arm in colours if arm != DENSE]
     for row, task in zip(rows, tasks, strict=True):
         asked = sorted({r.asked for r in results if r.task == task and r.asked is not None})
         for axis, (name, read) in zip(row, readings.items(), strict=True):
-            for i, (arm, colour) in enumerate(colours.items()):
+            for sparsity in asked:
+                axis.axvspan(*_place(sparsity, [-0.5, 0.5]), color="0.5", alpha=0.1, linewidth=0)
+            for arm, colour in colours.items():
                 points = defaultdict(list)
                 for r in results:
                     if (r.task, r.arm) == (task, arm) and read(r) is not None:
                         points[r.asked].append(read(r))
-                shift = 0.6 * (i / len(colours) - 0.5)  # else equal ones hide each other
-                places = {sparsity: place + shift for place, sparsity in enumerate(asked)}
+                shift = (cut.index(arm) + 0.5) / len(cut) - 0.5 if arm in cut else 0.0
+                places = {sparsity: _place(sparsity, shift) for sparsity in asked}
                 middle = np.mean if name.startswith("share") else interquartile_mean
                 _draw_readings(axis, points, places, middle, arm, colour)
-            axis.set_xticks(range(len(asked)), [f"{sparsity:g}" for sparsity in asked])
             axis.set_title(f"{task}: {name}", fontsize=9)
-            axis.set_xlabel("sparsity")
             axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
-            axis.grid(alpha=0.3)
+            axis.grid(alpha=0.3, axis="y")
+    every = sorted({r.asked for r in results if r.asked is not None})
+    for axis in rows[-1]:
+        ticks = [_place(sparsity, 0.0) for sparsity in every]
+        axis.set_xticks(ticks, [f"{sparsity:g}" for sparsity in every])
+        axis.set_xlabel("sparsity (axis: log of the parameters left)")
     _legend(figure)
     return figure
+
+
+def _place(sparsity: float, shift: float | list[float]) -> np.ndarray:
+    """Where a sparsity lies, in halvings of the parameters; `shift` in widths of its band."""
+    return -np.log2(1 - sparsity) + _BAND * np.asarray(shift)
 
 
 def _draw_readings(axis, points: dict, places: dict, middle, arm: str, colour: str) -> None:

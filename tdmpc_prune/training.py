@@ -20,7 +20,7 @@ import torch
 
 from envs import StepError, TaskError, make_env
 from envs.tasks import default_action_repeat
-from tdmpc_prune import pruning_report, pruning_steps
+from tdmpc_prune import agent_report, pruning_report, pruning_steps
 from tdmpc_prune.agent.learner import Learner, NonFiniteLoss
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan
 from tdmpc_prune.agent.replay import Episode, SequenceReplay
@@ -29,6 +29,7 @@ from tdmpc_prune.checkpoint import (
     SavedAgent,
     checkpoint_dir,
     load_agent,
+    load_agents,
     load_training,
     save_agent,
     save_checkpoint,
@@ -42,7 +43,6 @@ from tdmpc_prune.evaluation import (
     agent_size,
     check_sizes,
     evaluate,
-    median_decision_milliseconds,
 )
 from tdmpc_prune.pruning.course import Course
 from tdmpc_prune.run_log import Averages, RunLog
@@ -119,6 +119,7 @@ class Trainer:
         self.means = self._first_means()
         self.commands: list[str] = []  # that led to this agent, its parents' first
         self.last_evaluation: Evaluation | None = None
+        self.times: agent_report.Times = {}  # of the run's agents, at its end
         self._evaluated: list[int] | None = None  # updates and cuts of the agent that it is of
         if config.start_from:
             self._take_over(checkpoint_dir(config.start_from))
@@ -160,8 +161,9 @@ class Trainer:
                 while self.step():
                     if self._stop_request:
                         self._stop()
+            self._time_agents()
             if self.course:
-                pruning_steps.show(self)
+                pruning_steps.conclude(self)
         except TaskError as error:
             self.progress.broken_in_a_row = 0  # going on is a new attempt
             saved = self.save()
@@ -397,7 +399,8 @@ class Trainer:
             later = min(later, config.env_steps)
         progress.next_evaluation = later
         size = agent_size(self.model, config.model)
-        speed = median_decision_milliseconds(self.model, config.model)
+        if self.course:
+            self.course.scored(progress.env_steps, evaluation.mean)
         self.log.record(
             "evaluation",
             progress.env_steps,
@@ -407,20 +410,33 @@ class Trainer:
             std_return=evaluation.std,
             returns=evaluation.returns,
             seconds=round(evaluation.seconds, 3),
-            decision_ms=speed,
             **size,
         )
         self.log.scalars(
             progress.env_steps,
             {"evaluation/return": evaluation.mean, "evaluation/std of return": evaluation.std},
         )
-        self.log.networks(progress.env_steps, size, speed)
+        self.log.networks(progress.env_steps, size)
         self.log.say(
             f"evaluation at {progress.env_steps:,} env steps: return "
             f"{mean_and_std(evaluation.returns)} over {counted(config.eval_episodes, 'episode')}, "
             f"sparsity {size['sparsity']:.3f}, after {counted(self.learner.updates, 'update')}"
         )
         self.save()
+
+    def _time_agents(self) -> None:
+        """Time the run's agents in turn: the dense one, those of every cut, and the final one."""
+        self.log.progress(doing="timing")
+        agents = load_agents(self.run_dir)
+        latest = agents.popitem()[1]
+        name = "final" if agents or not latest.is_dense else "dense"
+        agents = agent_report.by_step(agents) | {name: latest}
+        for agent in agents.values():
+            agent.model.to(self.device)
+        self.times = agent_report.times(agents)
+        threads = torch.get_num_threads()
+        self.log.record("times", self.now, threads=threads, agents=self.times)
+        self.log.text("decision times", agent_report.times_table(self.times), self.now)
 
     def evaluation(self, episodes: int) -> Evaluation | None:
         """The present agent's return; it is not played again if nothing changed since.
@@ -471,8 +487,7 @@ class Trainer:
         if evaluation is None:
             return None
         evaluation = evaluation.first(episodes)
-        speed = median_decision_milliseconds(self.model, config.model)
-        shown = {"mean": evaluation.mean, "std": evaluation.std, "decision_ms": speed}
+        shown = {"mean": evaluation.mean, "std": evaluation.std}
         return shown, {"returns": evaluation.returns}
 
     def take_back(
@@ -508,7 +523,7 @@ class Trainer:
                 "returns": evaluation.returns if evaluation else None,
                 "commands": self.commands,
             }
-            | ({"pruning": self.course.provenance()} if self.course else {}),
+            | ({"pruning": self.course.provenance(self.now)} if self.course else {}),
         )
         return agent if agent.is_dense or not parent.exists() else replace(agent, parent=parent)
 

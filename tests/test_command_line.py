@@ -82,11 +82,12 @@ def test_train_evaluate_and_read_the_logs(tmp_path):
     for group in ("training", "losses", "gradients", "planner", "speed"):
         assert any(tag.startswith(f"{group}/") for tag in tags), group
     assert "_hparams_/session_start_info" in events.summary_metadata
+    assert "! read me first/text_summary" in events.Tags()["tensors"]
     layout = layout_pb2.Layout()
     layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     (category,) = layout.category
     charts = {chart.title: list(chart.multiline.tag) for chart in category.chart}
-    assert list(charts)[:3] == ["return", "sparsity", "milliseconds per decision"]
+    assert list(charts)[:3] == ["return", "sparsity", "planning MACs"]
     assert all(tag in tags for title in list(charts)[:3] for tag in charts[title])
 
     done = run("evaluate.py", f"checkpoint={folder}", "episodes=3", cwd=tmp_path)

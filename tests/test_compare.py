@@ -2,9 +2,11 @@
 
 import csv
 import io
+import itertools
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
 from tdmpc_prune import compare
 from tdmpc_prune.errors import UserError
@@ -132,6 +134,50 @@ def test_runs_of_one_seed_are_not_mixed_up(tmp_path):
     (point,) = compare.points(compare.read(compare.find_runs([tmp_path]))[0])
     assert sorted(point.each) == [100, 200, 300]
     assert point.arm == "bayesian of a finished agent"
+
+
+def test_a_share_of_dense_is_at_equal_env_steps_or_says_at_which(tmp_path):
+    dense = [evaluation(steps, [value], **DENSE) for steps, value in ((100, 500.0), (200, 1000.0))]
+    write_run(tmp_path / "dense", "none", 1, dense)
+    pruned = [
+        tracking(100, "before", [400.0], **DENSE),
+        {"kind": "cut", "env_steps": 100, "step": 1},
+        tracking(100, "after", [10.0], **HALF),
+        tracking(201, "recovered", [800.0], **HALF),
+        {"kind": "cut", "env_steps": 201, "step": 2},
+        evaluation(300, [900.0], **TENTH),
+    ]
+    write_run(tmp_path / "pruned", "bayesian", 1, pruned)
+    measured, _ = compare.read(compare.find_runs([tmp_path]))
+    shares = [line.split("|")[-2].strip() for line in compare.table(measured).splitlines()[2:6]]
+    assert shares == ["80%", "80%", "90% (dense at 200)", "100%"]
+
+
+def test_times_of_the_end_stand_for_those_meanwhile(tmp_path):
+    agents = {name: {"decision_ms": {"median": ms, "p95": 2 * ms}} for name, ms in
+              (("dense", 4.0), ("step-1", 3.0), ("final", 3.1))}  # fmt: skip
+    times = {"kind": "times", "env_steps": 300, "agents": agents}
+    write_run(tmp_path / "run", "bayesian", 1, [*pruned_history(), times])
+    found = compare.points(compare.read([tmp_path / "run"])[0])
+    assert [p.mean_of("decision_ms") for p in found[:2]] == [4.0, 3.0]
+    assert "CPU time, measured at the end of a run" in compare.table(
+        compare.read([tmp_path / "run"])[0]
+    )
+
+
+def test_tick_labels_do_not_overlap():
+    figure = Figure(figsize=(8, 3), layout="constrained")  # as wide as in a picture
+    for place, scale in enumerate(("linear", "log"), start=1):
+        axis = figure.add_subplot(1, 2, place)
+        axis.set_xscale(scale)
+        axis.set_xlim(15e6, 500e6)
+        compare.short_ticks(axis)
+        figure.draw_without_rendering()
+        low, high = axis.get_xlim()
+        ticks = [t for t in axis.xaxis.get_major_ticks() if low <= t.get_loc() <= high]
+        boxes = [tick.label1.get_window_extent() for tick in ticks]
+        assert len(boxes) > 1
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
 
 
 def test_the_path_of_pruning_is_shown(tmp_path):

@@ -69,7 +69,7 @@ def test_the_largest_fast_budgets_are_those_of_brute_force(limit, powers):
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=12))
 def test_the_frontier_is_what_nothing_beats(pairs):
     candidates = [
-        fit.Candidate("a", 1, 0.0, i, 1, 1, float(ms), (float(mean), 5.0), 1)
+        fit.Candidate("a", 1, 0.0, i, 1, 1, float(ms), float(ms), (float(mean), 5.0), 1)
         for i, (ms, mean) in enumerate(pairs)
     ]
     for c in candidates:
@@ -89,9 +89,9 @@ def search_with(returns, monkeypatch, confirmed_ms=4.0, **settings):
     agents = {name: SavedAgent(name, config, "x", 1, {}) for name in returns}
     monkeypatch.setattr(fit, "agent_size", lambda *_: {"parameters": 1, "sparsity": 0.0})
 
-    def times(pair, repeats):
+    def times(*pairs, repeats):
         first_look = repeats < fit._CONFIRMING_REPEATS
-        return [[pair[1].planner.samples / 8 if first_look else confirmed_ms]]
+        return [[c.planner.samples / 8 if first_look else confirmed_ms] for _, c in pairs]
 
     monkeypatch.setattr(fit, "decision_milliseconds", times)
 
@@ -102,7 +102,7 @@ def search_with(returns, monkeypatch, confirmed_ms=4.0, **settings):
 
     monkeypatch.setattr(fit.playing, "measure", measure)
     config = FitConfig("x", rate_hz=200.0, **settings)
-    return fit.search(config, agents, reference=100.0)
+    return fit.search(config, agents, fit.Reference(100.0, "dense", 100.0))
 
 
 def test_the_best_return_wins_and_is_confirmed_on_other_episodes(monkeypatch):
@@ -121,6 +121,39 @@ def test_a_second_look_at_the_time_counts(monkeypatch):
     slow_later = search_with({"a": 99.0}, monkeypatch, confirmed_ms=7.0)
     assert slow_later.fitted is None
     assert "took 7.00 ms per decision and more" in str(fit.failure(slow_later, FitConfig("x")))
+
+
+def agent_with(returns, dense=False):
+    return SimpleNamespace(provenance={"returns": returns}, is_dense=dense)
+
+
+def test_a_dense_agent_that_had_learnt_less_is_not_the_measure():
+    found = {
+        "dense": agent_with([230.0], dense=True),
+        "step-1": agent_with([800.0, 900.0]),
+        "latest": agent_with(None),
+    }
+    best = fit.best_known(found, 219.0)
+    assert (best.mean_return, best.name, best.dense) == (850.0, "step-1", 219.0)
+    assert "850.0 on file for 'step-1'" in str(best) and "returns 219.0" in str(best)
+    assert fit.best_known(found, 900.0) == fit.Reference(900.0, "dense", 900.0)
+    assert fit.best_known({}, -5.0) == fit.Reference(-5.0, "dense", -5.0)
+
+
+def test_candidates_are_confirmed_in_turn(monkeypatch):
+    together = []
+
+    def times(*pairs, repeats):
+        together.append((len(pairs), repeats))
+        return [[4.0]] * len(pairs)
+
+    config = replace(PRESETS["default"], planner=PlannerConfig(samples=64))
+    agents = {name: SavedAgent(name, config, "x", 1, {}) for name in "abc"}
+    monkeypatch.setattr(fit, "agent_size", lambda *_: {"parameters": 1, "sparsity": 0.0})
+    monkeypatch.setattr(fit, "decision_milliseconds", times)
+    monkeypatch.setattr(fit.playing, "measure", lambda _, n, seed: Evaluation([99.0] * n, n, 1.0))
+    fit.search(FitConfig("x", rate_hz=200.0), agents, fit.Reference(100.0, "dense", 100.0))
+    assert together[-2:] == [(3, fit._REPEATS), (3, fit._CONFIRMING_REPEATS)]
 
 
 def test_fit_as_typed(pruned_run, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tdmpc_prune import prune_checkpoint, runs
+from tdmpc_prune import prune_checkpoint, pruning_report, run_log, runs
 from tdmpc_prune.agent.world_model import Widths
 from tdmpc_prune.checkpoint import (
     SavedAgent,
@@ -20,7 +20,7 @@ from tdmpc_prune.checkpoint import (
     load_training,
     save_agent,
 )
-from tdmpc_prune.config import PruneCheckpointConfig
+from tdmpc_prune.config import AutoencoderConfig, PruneCheckpointConfig, to_plain
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.evaluation import Evaluation
 from tdmpc_prune.pruning.config import METRICS
@@ -86,7 +86,7 @@ def test_a_run_is_pruned_in_steps_and_says_what_each_did(whole_run):
     assert 0.7 <= cuts[-1]["sparsity"] < 0.8
     for step in steps:
         for moment in ("before", "after", "recovered"):
-            assert set(step[moment]) == {"mean", "std", "decision_ms"}
+            assert set(step[moment]) == {"mean", "std"}
         if step["after"]["mean"] >= step["before"]["mean"] - 0.05 * abs(step["before"]["mean"]):
             assert step["recovery"] == 0
     moments = [t["moment"] for t in read_history(run_dir, "tracking") if t["step"] == 2]
@@ -123,19 +123,31 @@ def test_tensorboard_and_pictures_show_it(whole_run):
         ("pruning/return", "mean", tracked),
         ("networks/sparsity", "sparsity", both),
         ("networks/macs", "macs", both),
-        ("networks/milliseconds per decision", "decision_ms", both),
     ):
         logged = [(event.step, event.value) for event in events.Scalars(tag)]
         assert [step for step, _ in logged] == [record["env_steps"] for record in records]
         assert [value for _, value in logged] == pytest.approx([r[key] for r in records])
     names = read_history(run_dir, "importance")[0]["groups"]["bayesian"]
-    groups = {f"importance by group/{metric}/{name}" for metric in METRICS for name in names}
+    groups = {f"unit importance by group/{metric}/{name}" for metric in METRICS for name in names}
     assert len(names) == 12 and groups <= set(scalars)
-    assert "importance by component/bayesian/coupling" in scalars
-    assert "rank correlation/bayesian ~ magnitude" in scalars
+    assert "unit importance by component/bayesian/coupling" in scalars
+    assert "unit rank correlation/bayesian ~ magnitude" in scalars
+    assert all(tag.startswith("unit ") for tag in sorted(scalars)[-len(METRICS) * len(names) :])
     assert {"pruning/importance", "pruning/course"} <= set(events.Tags()["images"])
     for picture in ("course.png", "importance.png"):
         assert (run_dir / picture).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("method", ["none", "fisher"])
+def test_hyperparameters_start_with_what_tells_runs_apart(tmp_path, method):
+    settings = to_plain(small_config(tmp_path, prune=replace(PRUNE, method=method)))
+    shown = run_log._shown(settings)
+    dense = method == "none"
+    assert list(shown)[:4] == ["task", "method", "sparsity", "seed"]
+    assert list(shown.values())[1:3] == (["dense", 0.0] if dense else ["fisher", 0.7])
+    assert any(name.startswith("prune.") for name in shown) == (not dense)
+    plain = to_plain(AutoencoderConfig())
+    assert run_log._shown(plain)["task"] == f"autoencoder of {plain['data']['name']}"
 
 
 def test_importance_is_on_file_for_every_metric(whole_run):
@@ -259,6 +271,149 @@ def test_a_run_killed_around_an_undone_step_resumes_exactly(tmp_path, monkeypatc
         trainer.run()
     resume(tmp_path / "run").run()
     assert_same_pruning(tmp_path / "whole", tmp_path / "run")
+
+
+def undoing_config(run_dir, **changes):
+    """Two cuts, of which the last asks for more than the scripted returns allow; then time."""
+    config = pruning_config(run_dir, env_steps=400)
+    prune = replace(config.prune, start=0.2, end=0.4, steps=2, max_return_drop=0.1, compare=False)
+    return replace(config, prune=replace(prune, **changes))
+
+
+def test_an_undone_cut_is_tried_again_smaller_while_there_is_time(tmp_path, monkeypatch, capsys):
+    returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
+    run_dir = tmp_path / "run"
+    trainer = runs.start(undoing_config(run_dir), [])
+    runs.finish(trainer)
+    steps = read_history(run_dir, "pruning step")
+    assert len(steps) > 3 and not steps[1]["kept"]
+    assert steps[2]["cut_at"] == steps[1]["until"]  # at once
+    present, failed = steps[0]["sparsity"], steps[1]["sparsity"]
+    for step in steps[2:]:
+        assert step["target"] <= (present + failed) / 2 + 1e-9 and step["sparsity"] < failed
+        assert step["until"] - step["cut_at"] >= 40  # the usual time to recover
+        present, failed = (
+            (step["sparsity"], failed) if step["kept"] else (present, step["sparsity"])
+        )
+    assert present > steps[0]["sparsity"] or all(not step["kept"] for step in steps[2:])
+
+    (end,) = read_history(run_dir, "end")
+    assert end == [*map(json.loads, (run_dir / "history.jsonl").read_text().splitlines())][-1]
+    assert end["asked_sparsity"] == 0.7 and end["sparsity"] == pytest.approx(present)
+    assert end["undone"] == sum(not step["kept"] for step in steps)
+    last = [step for step in steps if not step["kept"]][-1]
+    why = f"cut {last['step']} (to {last['sparsity']:.3f}) was undone because its return 50 stayed"
+    assert end["shortfall"].startswith(f"{why} below 90; ")
+    out = capsys.readouterr().out
+    assert "0.7 was asked for" in out and f"less than asked for: {why}" in out
+    assert load_agent(run_dir).provenance["pruning"]["shortfall"] == end["shortfall"]
+
+
+def test_a_smaller_cut_is_not_tried_without_the_time_to_recover(tmp_path, monkeypatch):
+    returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
+    runs.start(undoing_config(tmp_path / "run", start=0.4, end=0.8), []).run()
+    assert [step["kept"] for step in read_history(tmp_path / "run", "pruning step")] == [
+        True,
+        False,
+    ]
+    (end,) = read_history(tmp_path / "run", "end")
+    assert end["shortfall"].endswith("0 env steps were left, and a smaller cut needs 80 to recover")
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_run_killed_while_it_tries_again_resumes_exactly(tmp_path, monkeypatch, step):
+    returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
+    runs.start(undoing_config(tmp_path / "whole"), []).run()
+    trainer = runs.start(undoing_config(tmp_path / "run"), [])
+
+    def interrupted(go_on=trainer.step):
+        stage = trainer.course.stage
+        if stage.step == step and stage.phase == "recovering":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return go_on()
+
+    trainer.step = interrupted
+    with pytest.raises(Stopped):
+        trainer.run()
+    resume(tmp_path / "run").run()
+    assert_same_pruning(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_stage_of_an_older_release_is_taken_up(tmp_path):
+    old = {"phase": "waiting", "gathered": 0, "step": 2, "kept": 1, "changes": 3}
+    old |= {"reference": 100.0, "failed": 0.7, "came_back": False, "record": {}}
+    course = runs.start(undoing_config(tmp_path / "run"), []).course
+    values, tensors = course.state()
+    course.load_state(values | {"stage": old}, tensors)
+    assert course.stage.undone == [] and course.stage.dense_scores == []
+    assert course.provenance(160)["dense_score"] == 100.0
+    assert "a cut to 0.700 was undone" in course.shortfall(400)
+    assert course.due(160) is None  # nothing to rank by yet, in this new tracker
+
+
+def scored(tmp_path, scores):
+    course = runs.start(undoing_config(tmp_path / "run"), []).course
+    for now, score in enumerate(scores):
+        course.scored(now, score)
+    return course
+
+
+@pytest.mark.parametrize(
+    ("scores", "levelled_off"),
+    [
+        ([219.0], None),
+        ([100.0, 219.0], False),
+        ([100.0, 800.0, 820.0, 810.0], True),
+        ([100.0, 800.0, 820.0, 810.0, 815.0], True),
+        ([700.0, 730.0, 760.0, 790.0], False),
+        ([-900.0, -400.0], False),
+        ([-400.0, -405.0], True),
+    ],
+)
+def test_whether_the_dense_networks_had_learnt_out(tmp_path, scores, levelled_off):
+    course = scored(tmp_path, scores)
+    assert course.levelled_off is levelled_off
+    assert course.stage.reference == max(scores)
+    assert (pruning_report.doubt(course) is None) == (levelled_off is True)
+
+
+def test_what_is_pruned_is_judged_by_the_best_return_so_far(tmp_path, monkeypatch, capsys):
+    """The return rises to 100 and is 60 when the first cut is due; it goes on rising later."""
+    values = iter([40.0, 100.0, 60.0, *[80.0] * 4, *[200.0] * 100])
+
+    def evaluate(*_, **__):
+        return Evaluation([next(values)] * 2, 1, 0.0)
+
+    monkeypatch.setattr("tdmpc_prune.training.evaluate", evaluate)
+    config = undoing_config(tmp_path / "run", start=0.3, end=0.6, max_return_drop=0.1)
+    runs.start(config, []).run()
+    steps = read_history(tmp_path / "run", "pruning step")
+    assert steps[0]["before"]["mean"] == 60 and steps[0]["least"] == 90 and not steps[0]["kept"]
+    assert steps[-1]["least"] == 180
+    assert read_history(tmp_path / "run", "end")[0]["reference"] == 200
+
+
+def test_a_return_that_still_rose_at_the_first_cut_is_said(tmp_path, monkeypatch, capsys):
+    values = iter([100.0, 219.0, *[850.0] * 100])
+    monkeypatch.setattr(
+        "tdmpc_prune.training.evaluate", lambda *_, **__: Evaluation([next(values)] * 2, 1, 0.0)
+    )
+    runs.start(undoing_config(tmp_path / "run"), []).run()
+    (warning,) = read_history(tmp_path / "run", "warning")
+    assert "the return was still rising at the first cut (100 at 60, 219 at " in warning["text"]
+    assert capsys.readouterr().out.count("note: the return was still rising") == 1
+
+
+def test_times_are_measured_once_at_the_end_of_all_agents(whole_run):
+    (times,) = read_history(whole_run[0], "times")
+    names = ["dense", "step-1", "step-2", "step-3", "final"]
+    assert list(times["agents"]) == names and times["threads"] >= 1
+    for agent in times["agents"].values():
+        assert 0 < agent["decision_ms"]["median"] <= agent["decision_ms"]["p95"]
+    macs = [agent["macs"] for agent in times["agents"].values()]
+    assert macs == sorted(macs, reverse=True)
+    for entry in read_history(whole_run[0], "evaluation", "tracking"):
+        assert "decision_ms" not in entry
 
 
 def test_a_cut_that_fails_stops_the_run_with_its_networks_whole(tmp_path, monkeypatch):

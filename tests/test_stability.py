@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta
 
@@ -117,6 +117,33 @@ def test_a_reference_that_knows_too_little_is_doubted():
     worse = replace(later, mean_return=700.0)
     found = Stability("r", target, (dense, worse), dense, {})
     assert "reference=" not in stability.text(found, StabilityConfig("any"))
+
+
+def test_a_reference_that_returns_less_is_named():
+    rate = Rate.of([True] * 40)
+    dense, later = (
+        Judged(name, "", sparsity, 1, 0, 1, rate, rate, value, 0.0, True)
+        for name, sparsity, value in (("dense", 0.0, 219.0), ("step-4", 0.5, 800.0))
+    )
+    found = Stability("r", Target(10.0, 1.0, 5, 20), (dense, later), later, {})
+    config = StabilityConfig("any", episodes=40)
+    assert "the dense reference returns 219.0, less than step-4 (up to 800.0)" in stability.text(
+        found, config
+    )
+    names = stability.certificate(found, config)["return_more_than_the_reference"]
+    assert names == ["step-4"]
+    alike = replace(found, judged=(dense, replace(later, mean_return=225.0)))
+    assert "returns 219.0, less" not in stability.text(alike, config)
+
+
+@settings(max_examples=50, deadline=None)
+@given(low=st.floats(0.03, 0.995), trials=st.integers(1, 400))
+def test_what_it_takes_to_show_a_probability(low, trials):
+    fewest, needed = Rate.fewest(low), Rate.needed(low, trials)
+    assert Rate.of([True] * fewest).low >= low - 1e-9
+    assert (needed is None) == (trials < fewest)
+    if needed:
+        assert Rate.of_counts(needed, trials).low >= low > Rate.of_counts(needed - 1, trials).low
 
 
 def judged(name, sparsity, safe):
@@ -231,6 +258,7 @@ def test_one_agent_with_a_reference_of_its_own_and_disturbances(pruned, tmp_path
     other = tmp_path / "other"
     runs.start(replace(small_config(other), seed=2), []).run()
     arguments = [f"checkpoint=[{pruned}/agents/step-3]", f"reference={other}", "episodes=3"]
+    arguments.append("probability=0.2")  # three of three show no more
     done = run("stability.py", *arguments, "disturb.observation_noise=0.3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "disturbed by {'observation_noise': 0.3}" in done.stdout
@@ -244,6 +272,11 @@ def test_one_agent_with_a_reference_of_its_own_and_disturbances(pruned, tmp_path
     [
         (["checkpoint=nowhere"], "'nowhere' does not exist"),
         (["checkpoint=3"], "checkpoint=3 must be a folder, or a list"),
+        (
+            ["checkpoint=PRUNED", "episodes=20"],
+            "if all 20 stay, the lower 95 % end is 0.832; give episodes=36 or more (36 of 36)",
+        ),
+        (["checkpoint=PRUNED", "episodes=99", "probability=0.99"], "give episodes=368 or more"),
         (["checkpoint=.", "level=2"], "level=2.0 must lie in (0, 1)"),
         (["checkpoint=.", "disturb.action_delay=-1"], "disturb.action_delay=-1 cannot be negative"),
         (["checkpoint=PRUNED", "disturb.mass={pole_1: 2.0}"], "only be changed of a task that"),

@@ -7,7 +7,7 @@ return, an autoencoder's PSNR). Time is counted in the unit of the schedule.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,9 @@ from tdmpc_prune.pruning.plan import Plan, make_plan
 from tdmpc_prune.pruning.schedule import Schedule, make_schedule
 from tdmpc_prune.pruning.surgery import commit, kept_units
 from tdmpc_prune.pruning.tracing import Computation
+
+_LEAST_GAIN = 0.01  # sparsity that a smaller cut in place of an undone one has to add
+_LEVELLED_OFF = 0.05  # a score that rises by less, as a fraction, over its last four evaluations
 
 
 class Learner(Protocol):
@@ -44,11 +47,15 @@ class Stage:
 
     phase: str = "gathering"  # then waiting → measured → cut → recovering → waiting, or → failed
     gathered: int = 0  # updates whose gradients were gathered before the start
-    step: int = 0  # steps of the schedule taken
+    step: int = 0  # steps taken; those beyond the schedule's are smaller cuts for undone ones
     kept: int = 0  # cuts that were not undone
     changes: int = 0  # cuts and undone cuts: two equal numbers, and these are the same networks
-    reference: float | None = None  # score of the dense networks
+    reference: float | None = None  # best score so far
+    dense_score: float | None = None  # of the dense networks when they were to be cut first
+    dense_scores: list[list[float]] = field(default_factory=list)  # until then: [time, score]
     failed: float | None = None  # smallest sparsity that had to be undone
+    undone: list[dict[str, float]] = field(default_factory=list)  # step, sparsity, score, least
+    exhausted: bool = False  # nothing smaller than what was undone can be cut
     came_back: bool = False  # a score of the training has been as good as before the cut
     record: dict[str, Any] = field(default_factory=dict)  # of the step in progress
 
@@ -57,8 +64,9 @@ class Course:
     """The pruning side of a run: decides what is due, and does it to the learner.
 
     Each step is measured, cut, measured, trained for a while, and measured again; if its score has
-    not come back it is undone. `due` says what comes next, and every call of another method is one
-    small step after which the run may be saved: `state` is all that the rest depends on.
+    not come back it is undone, and a smaller cut is tried while there is time. `due` says what
+    comes next, and every call of another method is one small step after which the run may be saved:
+    `state` is all that the rest depends on.
     """
 
     def __init__(
@@ -172,14 +180,51 @@ class Course:
             for one, other in combinations(densities, 2)
         }
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self, now: int) -> dict[str, Any]:
         """What a pruned checkpoint says of its parent and of how it was made."""
+        stage = self.stage
+        dense = stage.reference if stage.dense_score is None else stage.dense_score
         return {
             "method": self.config.method,
-            "cuts": self.stage.kept,
-            "dense_score": self.stage.reference,
+            "cuts": stage.kept,
+            "dense_score": dense,
             "dense_parameters": sum(self.dense.values()),
+        } | self.outcome(now)
+
+    def outcome(self, now: int) -> dict[str, Any]:
+        """What was asked for, what was reached by now, and why less (None: it is not less)."""
+        return {
+            "asked_sparsity": self.schedule.sparsity,
+            "undone": len(self.stage.undone),
+            "reference": self.stage.reference,
+            "shortfall": self.shortfall(now),
         } | self.size()
+
+    def shortfall(self, now: int) -> str | None:
+        """Why the sparsity is below what was asked for; None if it is not."""
+        stage, schedule, unit = self.stage, self.schedule, self.unit.replace("_", " ")
+        if self._reached:
+            return None
+        if stage.phase != "waiting" or stage.step < schedule.steps:
+            return f"the run was at cut {stage.step} of {schedule.steps} at {now} {unit}"
+        if stage.failed is None:
+            return "prune.min_width, round_to, budgets and protect leave no more to cut"
+        if not stage.undone:  # of a release that kept no record of it
+            why = f"a cut to {stage.failed:.3f} was undone"
+        else:
+            last = stage.undone[-1]
+            why = (
+                f"cut {last['step']:.0f} (to {last['sparsity']:.3f}) was undone because its "
+                f"{self.score} {last['score']:.4g} stayed below {last['least']:.4g}"
+            )
+        if stage.exhausted or not self._worth_it:
+            return f"{why}; a smaller cut would add less than {_LEAST_GAIN} to the sparsity"
+        if not schedule.spacing:
+            return f"{why}; it was the only one"
+        return (
+            f"{why}; {self._last - now} {unit} were left, and a smaller cut needs "
+            f"{schedule.spacing:.0f} to recover"
+        )
 
     # --- What is due --------------------------------------------------------------------------
 
@@ -189,9 +234,12 @@ class Course:
         if stage.phase == "gathering":
             return "gather"
         if stage.phase == "waiting":
-            next_step = stage.step + 1
-            left = next_step <= self.schedule.steps and self._tracker.has_evidence
-            return "measure" if left and now >= self.schedule.time_of(next_step) else None
+            scheduled = stage.step < self.schedule.steps
+            if scheduled:
+                come = now >= self.schedule.time_of(stage.step + 1)
+            else:
+                come = self._can_try_again(now)
+            return "measure" if come and self._tracker.has_evidence else None
         if stage.phase == "measured":
             return "cut"
         if stage.phase == "cut":
@@ -201,6 +249,21 @@ class Course:
         recovered = stage.record["recovery"] is not None
         over = now >= stage.record["until"]
         return "measure" if over or (stage.came_back and not recovered) else None
+
+    def _can_try_again(self, now: int) -> bool:
+        """Whether there is a use and the time for a smaller cut in place of one undone."""
+        stage, spacing = self.stage, self.schedule.spacing
+        useful = stage.failed is not None and not stage.exhausted and self._worth_it
+        return useful and not self._reached and 0 < spacing <= self._last - now
+
+    @property
+    def _reached(self) -> bool:
+        return self.sparsity >= self.schedule.sparsity - 1e-9
+
+    @property
+    def _worth_it(self) -> bool:
+        """Whether halfway to the cut that was undone is far enough from here."""
+        return (self.stage.failed - self.sparsity) / 2 >= _LEAST_GAIN
 
     def gathered(self) -> None:
         """The gradients of one more batch were seen."""
@@ -214,6 +277,25 @@ class Course:
             back = _come_back(self.stage.record["before"]["mean"])
             self.stage.came_back = self.stage.came_back or score >= back
 
+    def scored(self, now: int, score: float) -> None:
+        """Take in a score of the present networks; what is pruned is judged by the best one."""
+        stage = self.stage
+        stage.reference = score if stage.reference is None else max(stage.reference, score)
+        if not stage.changes:
+            if stage.dense_scores and stage.dense_scores[-1][0] == now:
+                stage.dense_scores.pop()
+            stage.dense_scores.append([now, score])
+
+    @property
+    def levelled_off(self) -> bool | None:
+        """Whether the dense networks' score had stopped rising; None if nothing tells."""
+        scores = [score for _, score in self.stage.dense_scores]
+        if len(scores) < 2:
+            return None
+        earlier, newest = scores[-4:][0], scores[-1]
+        rising = newest - earlier > _LEVELLED_OFF * abs(earlier)
+        return not (rising and newest >= max(scores))
+
     def measured(self, now: int, values: dict[str, float]) -> tuple[str, dict[str, Any]]:
         """Take in a measurement of the score.
 
@@ -226,9 +308,10 @@ class Course:
             step's record so far.
         """
         stage, record = self.stage, self.stage.record
+        self.scored(now, values["mean"])
         if stage.phase == "waiting":
-            if stage.reference is None:
-                stage.reference = values["mean"]
+            if stage.dense_score is None:
+                stage.dense_score = values["mean"]
             stage.record = {"step": stage.step + 1, "before": values}
             stage.phase = "measured"
             return "before", stage.record
@@ -259,13 +342,24 @@ class Course:
         return make_plan(self.structure, densities, self.config, sparsity, self.dense, strict)
 
     def next_plan(self, now: int) -> Plan:
-        """The cut of the next step, as far as the limits allow; failures are halved towards."""
+        """The cut of the next step, as far as the limits allow; failures are halved towards.
+
+        It removes nothing if all that can go is as much as had to be undone.
+        """
         if self._given:
             return self._given
+        progress, failed = self.schedule.progress(now), self.stage.failed
         target = self.schedule.sparsity_after(self.stage.step + 1)
-        if self.stage.failed is not None:
-            target = min(target, (self.sparsity + self.stage.failed) / 2)
-        return self.plan_at(self.schedule.progress(now), target, strict=False)
+        if failed is None:
+            return self.plan_at(progress, target, strict=False)
+        target = min(target, (self.sparsity + failed) / 2)
+        plan = self.plan_at(progress, target, strict=False)
+        while plan.achieved >= failed - 1e-9 and plan.removed:  # whole chunks go
+            target = (self.sparsity + target) / 2
+            if target - self.sparsity < _LEAST_GAIN:
+                return replace(plan, removed={})
+            plan = self.plan_at(progress, target, strict=False)
+        return plan
 
     def plan_at(self, progress: float, sparsity: float, strict: bool = True) -> Plan:
         """A plan by the evidence so far, weighed as at `progress` of the schedule."""
@@ -307,8 +401,9 @@ class Course:
         stage.phase = "cut"
 
     def skip(self) -> None:
-        """The next step has nothing to cut: an earlier one went far enough."""
+        """The next step has nothing to cut: an earlier one went far enough, or failed."""
         self.stage.step += 1
+        self.stage.exhausted = self.stage.step >= self.schedule.steps
         self.stage.phase = "waiting"
 
     def undo(self, learner: Learner) -> None:
@@ -316,7 +411,16 @@ class Course:
         tracked = self._part("tracker")
         self.attach(learner)
         self._tracker.load_state(tracked, self.structure, learner.model)
-        self.stage.failed = self.stage.record["sparsity"]
+        record = self.stage.record
+        self.stage.failed = record["sparsity"]
+        self.stage.undone.append(
+            {
+                "step": record["step"],
+                "sparsity": record["sparsity"],
+                "score": record["recovered"]["mean"],
+                "least": record["least"],
+            }
+        )
         self.stage.changes += 1
         self.stage.phase = "waiting"
         self._before_cut = {}

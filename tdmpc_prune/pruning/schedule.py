@@ -35,19 +35,23 @@ class Schedule:
 
     def sparsity_after(self, step: int) -> float:
         """The fraction of parameters that is to be gone after cut `step`."""
-        return self.sparsity * shape_at(self.shape, step / self.steps)
+        return self.sparsity * shape_at(self.shape, min(1.0, step / self.steps))
+
+    @property
+    def spacing(self) -> float:
+        """The time between two cuts; 0 if all are due at once."""
+        return (self.end - self.start) / self.steps
 
     def end_of(self, step: int, cut_at: float, last: float) -> float:
         """The time at which the recovery from cut `step` ends: when the next is due.
 
-        A cut that came late still gets the time between two cuts; if that is none, it has until
-        the end of the run, `last`.
+        A cut that came late, or after the schedule, still gets the time between two cuts; if that
+        is none, it has until the end of the run, `last`.
         """
-        spacing = (self.end - self.start) / self.steps
-        if not spacing:
+        if not self.spacing:
             return last
-        due = self.time_of(step) + spacing
-        return min(due if due > cut_at else cut_at + spacing, last)
+        due = self.time_of(step) + self.spacing if step <= self.steps else 0
+        return min(due if due > cut_at else cut_at + self.spacing, last)
 
 
 def shape_at(shape: str, progress: float) -> float:
