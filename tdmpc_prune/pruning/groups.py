@@ -218,6 +218,7 @@ def find_groups(computation: Computation) -> Structure:
             classes[np.isin(classes, own)] = classes[OUTSIDE]
             layers = group.name.partition("#")[0].split("+")
             fixed += tuple(Fixed(layer, group.width, why) for layer in layers)
+    classes = np.unique(classes, return_inverse=True)[1]  # numbered without gaps
     return _structure(computation, replace(seen, classes=classes, fixed=fixed))
 
 

@@ -238,15 +238,17 @@ def _refuse_tensors_beside(optimiser: torch.optim.Optimizer) -> None:
     """Refuse an optimiser that keeps tensors elsewhere than by parameter, in its state."""
     kind = type(optimiser).__name__
     held = {id(p) for group in optimiser.param_groups for p in group["params"]}
-    places = {f"attribute '{key}'": value for key, value in vars(optimiser).items()}
+    places = {
+        f"attribute '{key}'": value
+        for key, value in vars(optimiser).items()
+        if key not in ("state", "param_groups", "defaults")
+    }
     places |= {
         f"'{key}' of a parameter group": value
         for group in optimiser.param_groups
         for key, value in group.items()
     }
     for place, value in places.items():
-        if place in ("attribute 'state'", "attribute 'param_groups'"):
-            continue
         if any(t.numel() > 1 and id(t) not in held for t in _tensors(value)):
             raise SurgeryError(
                 f"{kind} keeps tensors in its {place}, and how they have to be cut is not known; "
