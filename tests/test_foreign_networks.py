@@ -1,6 +1,7 @@
 """Other people's networks: kept activations, constants, state, numbers read off shapes."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -216,6 +217,7 @@ def test_a_size_that_enters_the_arithmetic_keeps_its_width_and_is_named(weigh):
         lambda q, k, v: (q @ k.mT / 4).softmax(-1) @ v,
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.25),
         lambda q, k, v: (q @ k.mT / math.sqrt(q.shape[-2])).softmax(-1) @ v,  # the time stays
+        lambda q, k, v: (q @ k.mT).softmax(-1) @ v + 0 * random.random(),  # nothing to do with it
     ],
 )
 def test_a_number_that_is_kept_lets_the_width_be_cut(weigh):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import combinations, product
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.pruning.groups import Structure, at_widths, difference, find_groups, size_of
+from tdmpc_prune.pruning.groups import Structure, difference, find_groups, numbers_at, size_of
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.sizes import attribute_sizes
 from tdmpc_prune.pruning.tracing import (
@@ -70,15 +71,18 @@ def commit(
         dropped = _dropped_indices(plan, structure)
         cuts = {id(places[at][1]): (f"'{at[1]}'", dims) for at, dims in dropped.items()}
         moments = list(_cut_moments(optimisers, cuts))
-        numbers = numbers_in(computation, without_data(computation.networks))
+        numbers = numbers_in(computation, without_data(computation.networks))  # as they are now
+        modules = list({id(module): module for module, _ in places.values()}.values())
+        sizes = [attribute_sizes(module) for module in modules]
         for place, dims in dropped.items():
             tensor = places[place][1]
             cut.replace(tensor, _select(tensor.data, dims))
         for state, key, moment in moments:
             cut.put(state, key, moment)
-        for module in {id(module): module for module, _ in places.values()}.values():
+        for module, before in zip(modules, sizes, strict=True):
             for name, size in attribute_sizes(module).items():
-                cut.put(module.__dict__, name, size)
+                if size != before[name] and name in module.__dict__:
+                    cut.put(module.__dict__, name, size)
         after = plan.widths_after
         for network, path, width in structure.bare_norms:
             norm = computation.networks[network].get_submodule(path)
@@ -89,7 +93,8 @@ def commit(
         same = all(left.widths.get(name, 1) == width for name, width in after.items())
         if not same or not set(left.widths) <= set(after):
             raise SurgeryError(f"the cut left the widths {left.widths} instead of {after}")
-        if changed := difference(numbers, left.numbers):
+        again = partial(numbers_in, computation, without_data(computation.networks))
+        if changed := difference(numbers, left.numbers, again):
             raise SurgeryError(f"the cut network computes another function: {changed}")
     except BaseException as error:
         cut.undo()
@@ -99,7 +104,9 @@ def commit(
         if not isinstance(error, SurgeryError):
             what = f"the cut network does not run: {what}"
         groups = " and ".join(f"'{name}'" for name in _to_blame(plan, structure, computation))
-        raise SurgeryError(f"{groups} cannot be cut, and nothing was: {what}") from error
+        raise SurgeryError(
+            f"{groups or 'the network'} cannot be cut, and nothing was: {what}"
+        ) from error
     return left
 
 
@@ -108,13 +115,13 @@ def _to_blame(plan: Plan, structure: Structure, computation: Computation) -> lis
     found = []
     for name in plan.removed:
         widths = structure.widths | {name: plan.widths_after[name]}
+        again = partial(numbers_at, computation, structure, widths)
         try:
-            numbers = numbers_in(computation, at_widths(computation, structure, widths))
+            alike = not difference(structure.numbers, again(), again)
         except UserError:
+            alike = False
+        if not alike:
             found.append(name)
-        else:
-            if difference(structure.numbers, numbers):
-                found.append(name)
     return found or list(plan.removed)
 
 

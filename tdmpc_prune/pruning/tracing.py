@@ -367,8 +367,9 @@ class Watcher(TorchDispatchMode):
             return torch.ones((), dtype=torch.bool)  # a distribution told to validate
         if not any(nodes is not None for tensor in tensors for nodes in self.labels(tensor)):
             return result
-        what = "a tensor made inside forward" if any(id(t) in self._made for t in tensors) else ""
-        self._tying = f"{func} in {self.place()} ties it to {what or 'what cannot be cut'}"
+        made = any(id(tensor) in self._made for tensor in tensors)
+        what = "a tensor made inside forward" if made else "an input, a constant or a position"
+        self._tying = f"{func} in {self.place()} ties it to {what}"
         rule = find_rule(func)
         if rule is None:
             shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
