@@ -5,6 +5,7 @@ import io
 import json
 import re
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from tdmpc_prune.pruning.plan import make_plan
 from tdmpc_prune.pruning.rules import UnknownOperation
 from tdmpc_prune.pruning.surgery import SurgeryError, commit
 from tdmpc_prune.pruning.tracing import Computation
+from tests.commands import REACH, run
 from tests.pruning_zoo import NormedLinear, SimNorm, Stacked
 from tests.small import AGENT
 from tests.test_surgery import make_plan as plan_of
@@ -328,6 +330,37 @@ def test_sizes_follow_from_widths(latent, encoder, dynamics, policy, members, se
     for component in ("encoder", "dynamics", "reward", "policy"):
         part = getattr(learner.model, component)
         assert promised[0][component] == sum(p.numel() for p in part.parameters())
+
+
+@pytest.mark.parametrize(
+    ("fraction", "samples"), [(0.0, 32), (0.05, 19), (0.0, 1), (1.0, 1), (0.05, 20)]
+)
+def test_a_planner_without_policy_trajectories_has_the_same_groups(fraction, samples):
+    planner = replace(
+        AGENT.planner, policy_fraction=fraction, samples=samples, elites=min(8, samples)
+    )
+    learner, usual = small_learner()
+    ties = agent_computation(learner.model, learner.target, replace(AGENT, planner=planner))
+    structure = find_groups(ties)
+    assert structure.widths == find_groups(usual).widths
+    assert sum(structure.macs().values()) == planning_macs(learner.model, planner)
+    cut(ties, {LATENT: [0, 3], "reward.0": [1]})
+    assert learner.model.widths.latent == 4
+    assert sum(find_groups(ties).macs().values()) == planning_macs(learner.model, planner)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ("model.planner.policy_fraction=0",),
+        ("model.planner.samples=19", "model.planner.elites=4"),
+    ],
+)
+def test_the_command_ends_without_policy_trajectories(tmp_path, setting):
+    done = run("groups.py", REACH, *setting, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "12 groups (1 coupling)" in done.stdout
+    assert "'policy.4' (1 units)" not in done.stdout  # a width of 1 is none
 
 
 # --- Any PyTorch module ------------------------------------------------------------------------

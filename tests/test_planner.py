@@ -59,6 +59,25 @@ def test_decisions_equal_the_plain_planner(explore, horizon):
         assert not decision.means[horizon:, e].any()
 
 
+@pytest.mark.parametrize(("fraction", "samples"), [(0.0, 24), (0.05, 19), (0.0, 1)])
+def test_decisions_without_policy_trajectories_equal_the_plain_planner(fraction, samples):
+    config = replace(
+        CONFIG, policy_fraction=fraction, samples=samples, elites=min(4, samples), horizon=2
+    )
+    assert config.policy_samples == 0
+    model, generator = make_model(), torch.Generator().manual_seed(3)
+    observations, means = torch.randn(3, 5, generator=generator), first_means(config, 3, 2)
+    noise = draw_noise(config, 3, 2, generator)
+    assert noise.policy.shape == (2, 3, 0, 2)
+    decision = plan(model, observations, means, noise, config, 0.99, explore=True)
+    for e in range(3):
+        action, mean = plan_one(
+            model, observations[e], means[:, e], pick(noise, e), config, 0.99, True
+        )
+        torch.testing.assert_close(decision.actions[e], action, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(decision.means[:, e], mean, rtol=1e-4, atol=1e-5)
+
+
 def test_planning_together_equals_planning_alone():
     model, generator = make_model(), torch.Generator().manual_seed(4)
     observations = torch.randn(5, 5, generator=generator)

@@ -17,6 +17,7 @@ from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning.groups import find_groups
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.surgery import SurgeryError, commit
+from tdmpc_prune.pruning.tracing import Computation
 from tests.pruning_zoo import Agent, NormedLinear, Stacked, computation, exclude, losses, make_data
 
 
@@ -237,3 +238,278 @@ def test_a_cut_twice_is_the_cut_of_both():
             commit(make_plan(structure, {widest: units}), structure, ties, agent.optimisers)
     for first, second in zip(one.world.parameters(), two.world.parameters(), strict=True):
         assert np.array_equal(first.detach(), second.detach())
+
+
+# --- An ordinary training loop ----------------------------------------------------------------
+
+
+def small(width=16, inputs=5, bias=True):
+    """A network of two layers, its computation and its structure."""
+    net = nn.Sequential(nn.Linear(inputs, width, bias), nn.ReLU(), nn.Linear(width, 2, bias))
+    for part in net:
+        part.component = "net"
+    ties = Computation({"model": net}, lambda n: n["model"](torch.zeros(3, inputs, device="meta")))
+    return net, ties, find_groups(ties)
+
+
+@pytest.mark.parametrize("alive", ["loss", "outputs", "graph", "nothing"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_training_goes_on_while_what_was_computed_before_the_cut_is_alive(alive, frozen):
+    net, ties, structure = small()
+    net[0].bias.requires_grad_(not frozen)
+    optimiser = torch.optim.Adam([p for p in net.parameters() if p.requires_grad])
+    seen, kept = [], []
+    net[0].weight.register_hook(lambda gradient: seen.append(gradient.shape))
+    net[2].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.shape))
+    for step in range(4):
+        outputs = net(torch.randn(3, 5))
+        loss = outputs.square().mean()
+        optimiser.zero_grad()
+        loss.backward(retain_graph=alive == "graph")
+        optimiser.step()
+        kept += [outputs] if alive == "outputs" else []
+        if alive == "nothing":
+            del loss, outputs
+        if step in (1, 2):
+            structure = commit(make_plan(structure, {"0": [0, 3]}), structure, ties, [optimiser])
+    assert net[0].weight.grad.shape == net[0].weight.shape == (12, 5)
+    assert seen[-2:] == [(2, 12), (12, 5)] and len(seen) == 8  # hooks stay
+
+
+def test_a_loss_from_before_the_cut_says_that_it_is_too_old():
+    net, ties, structure = small()
+    loss = net(torch.randn(3, 5)).sum()
+    commit(make_plan(structure, {"0": [0]}), structure, ties)
+    with pytest.raises(RuntimeError, match="before the network was cut: compute it again"):
+        loss.backward()
+    net.zero_grad()
+    net(torch.randn(3, 5)).sum().backward()
+
+
+def test_a_loss_from_before_a_cut_that_was_undone_is_still_good(monkeypatch):
+    import tdmpc_prune.pruning.surgery as surgery
+
+    net, ties, structure = small()
+    x = torch.randn(3, 5)
+    net(x).sum().backward()
+    expected = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    loss = net(x).sum()
+    monkeypatch.setattr(surgery, "find_groups", lambda _: 1 / 0)
+    with pytest.raises(SurgeryError, match=r"'0' cannot be cut, and nothing was: .*division"):
+        commit(make_plan(structure, {"0": [0]}), structure, ties)
+    loss.backward()
+    for parameter, gradient in zip(net.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+# --- Optimisers whose state has another shape --------------------------------------------------
+
+
+class Foreign(torch.optim.Optimizer):
+    """Plain gradient descent that keeps what `state` says for each parameter."""
+
+    def __init__(self, parameters, state, **defaults):
+        super().__init__(parameters, {"lr": 0.01} | defaults)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = state(parameter)
+
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data -= group["lr"] * parameter.grad
+
+
+def factored(parameter):
+    """As in transformers' Adafactor: the reduced dimension is gone."""
+    if parameter.dim() < 2:
+        return {"step": 3, "exp_avg_sq": torch.rand_like(parameter)}
+    return {
+        "step": torch.tensor(3.0),
+        "exp_avg_sq_row": torch.rand(parameter.shape[:-1]),
+        "exp_avg_sq_col": torch.rand(parameter.shape[:-2] + parameter.shape[-1:]),
+        "RMS": 0.5,
+        "unused": None,
+        "later": torch.zeros(0),
+    }
+
+
+def train(net, optimiser):
+    optimiser.zero_grad()
+    net(torch.randn(4, net[0].in_features)).square().mean().backward()
+    optimiser.step()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.optim.Adafactor,
+        torch.optim.Adadelta,
+        torch.optim.Adagrad,
+        torch.optim.Adamax,
+        torch.optim.ASGD,
+        torch.optim.NAdam,
+        torch.optim.RMSprop,
+        torch.optim.Rprop,
+        lambda p: torch.optim.AdamW(p, amsgrad=True),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01), capturable=False, foreach=False),
+        lambda p: Foreign(p, factored),
+    ],
+)
+@pytest.mark.parametrize("width", [16, 5, 2])  # 5 and 2: square matrices
+def test_optimisers_go_on_with_what_is_left_of_their_state(make, width):
+    net, ties, structure = small(width)
+    optimiser = make(list(net.parameters()))
+    for _ in range(2):
+        train(net, optimiser)
+    before = {p: dict(optimiser.state[p]) for p in net.parameters()}
+    commit(make_plan(structure, {"0": [1]}), structure, ties, [optimiser])
+    rows = [unit for unit in range(width) if unit != 1]
+    for parameter, dim in ((net[0].weight, 0), (net[0].bias, 0), (net[2].weight, 1)):
+        for key, value in optimiser.state[parameter].items():
+            old = before[parameter][key]
+            if not isinstance(value, torch.Tensor) or old.numel() <= 1:
+                assert value is old
+                continue
+            if key.endswith("_row"):
+                expected = old[rows] if dim == 0 else old
+            elif key.endswith("_col"):
+                expected = old[rows] if dim == 1 else old
+            else:
+                expected = old if old.shape[dim] == 1 else old.index_select(dim, torch.tensor(rows))
+            assert torch.equal(value, expected)
+    for _ in range(2):
+        train(net, optimiser)
+
+
+@pytest.mark.parametrize(
+    ("state", "defaults", "what"),
+    [
+        (lambda p: {"precondition": torch.eye(len(p))}, {}, "'precondition' \\[16, 16\\]"),
+        (lambda p: {"all": torch.zeros(p.numel())}, {}, "'all' \\[80\\]"),
+        (lambda p: {"GG": [torch.eye(n) for n in p.shape]}, {}, "'GG'"),
+        (lambda p: {"nested": {"exp_avg": torch.zeros_like(p)}}, {}, "'nested'"),
+        (lambda p: {"block": torch.zeros(7)}, {}, "'block' \\[7\\]"),
+        (lambda p: {}, {"history": torch.zeros(16)}, "'history' of a parameter group"),
+    ],
+)
+def test_state_that_nobody_knows_how_to_cut_is_refused_and_nothing_changes(state, defaults, what):
+    net, ties, structure = small()
+    optimiser = Foreign(net.parameters(), state, **defaults)
+    before = copy.deepcopy([net.state_dict(), optimiser.state_dict()])
+    with pytest.raises(SurgeryError, match=f"'0' cannot be cut.*{what}.*new optimiser") as error:
+        commit(make_plan(structure, {"0": [1]}), structure, ties, [optimiser])
+    assert "Foreign" in str(error.value) and "\n" not in str(error.value)
+    assert str(before) == str([net.state_dict(), optimiser.state_dict()])
+    optimiser.state.clear()
+    for group in optimiser.param_groups:
+        group.pop("history", None)
+    optimiser.defaults.pop("history", None)
+    commit(make_plan(structure, {"0": [1]}), structure, ties, [optimiser])
+
+
+def test_square_matrices_alone_do_not_tell_rows_from_columns():
+    """Where nothing tells them apart, nothing is guessed."""
+    net, ties, _ = small(2, inputs=2, bias=False)
+    structure = find_groups(ties)
+    optimiser = Foreign(net.parameters(), factored)
+    with pytest.raises(
+        SurgeryError, match=r"'exp_avg_sq_row' .2. that Foreign keeps of '0.weight'"
+    ):
+        commit(make_plan(structure, {"0": [1]}), structure, ties, [optimiser])
+    assert net[0].weight.shape == (2, 2)
+
+
+def test_the_optimiser_inside_of_an_optimiser_is_cut_too():
+    net, ties, structure = small()
+    outer = Foreign(net.parameters(), lambda p: {"e_w": torch.zeros_like(p)})
+    outer.base_optimizer = torch.optim.Adam(outer.param_groups)
+    train(net, outer.base_optimizer)
+    commit(make_plan(structure, {"0": [1]}), structure, ties, [outer])
+    assert outer.base_optimizer.state[net[0].weight]["exp_avg"].shape == (15, 5)
+    train(net, outer.base_optimizer)
+
+
+def test_lbfgs_is_refused_once_it_has_a_history():
+    net, ties, structure = small()
+    optimiser = torch.optim.LBFGS(net.parameters())
+
+    def closure():
+        optimiser.zero_grad()
+        loss = net(torch.ones(4, 5)).square().mean()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    with pytest.raises(SurgeryError, match="LBFGS"):
+        commit(make_plan(structure, {"0": [1]}), structure, ties, [optimiser])
+    assert net[0].weight.shape == (16, 5)
+    optimiser.step(closure)
+
+
+@settings(max_examples=60, deadline=None)
+@given(inputs=st.integers(1, 4), width=st.integers(2, 4), bias=st.booleans(), data=st.data())
+def test_factored_state_is_cut_right_or_not_at_all(inputs, width, bias, data):
+    """Row and column sums of a matrix, cut, are those of the matrix with the same rows marked."""
+    net, ties, structure = small(width, inputs, bias)
+    gone = data.draw(st.sets(st.integers(0, width - 1), min_size=1, max_size=width - 1))
+
+    def indices(parameter):  # every value says where it is
+        rows = torch.arange(float(len(parameter)))
+        if parameter.dim() < 2:
+            return {"whole": rows.clone()}
+        columns = torch.arange(100.0, 100 + parameter.shape[1])
+        return {"row": rows, "column": columns, "whole": rows[:, None] + columns}
+
+    optimiser = Foreign(net.parameters(), indices)
+    try:
+        commit(make_plan(structure, {"0": sorted(gone)}), structure, ties, [optimiser])
+    except SurgeryError as error:
+        assert "not certain" in str(error)
+        assert net[0].out_features == width
+        return
+    left = [float(unit) for unit in range(width) if unit not in gone]
+    if width > 1 and len(optimiser.state[net[0].weight]["row"]) > 1:
+        assert optimiser.state[net[0].weight]["row"].tolist() == left
+    assert optimiser.state[net[2].weight]["column"].tolist() == [100 + unit for unit in left]
+    assert optimiser.state[net[2].weight]["whole"][1].tolist() == [101 + unit for unit in left]
+
+
+# --- Every failure names the group -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        lambda h: h.unflatten(-1, (4, 4)).flatten(-2),
+        lambda h: h if h.shape[-1] == 16 else exec("assert False"),
+        lambda h: h if h.shape[-1] == 16 else h + None,
+        lambda h: h * (1 if h.shape[-1] == 16 else [][3]),
+        lambda h: h * {16: 1.0}[h.shape[-1]],
+        lambda h: h * (1.0 if h.shape[-1] >= 15 else 2.0),
+    ],
+)
+def test_a_group_that_cannot_be_cut_is_named_and_nothing_changes(fail):
+    class Rigid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(5, 8), nn.Linear(8, 16), nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.last(fail(torch.relu(self.second(torch.relu(self.first(x))))))
+
+    net = Rigid()
+    for part in net.children():
+        part.component = "net"
+    ties = Computation({"model": net}, lambda n: n["model"](torch.zeros(3, 5, device="meta")))
+    structure = find_groups(ties)
+    before = copy.deepcopy(net.state_dict())
+    plan = make_plan(structure, {"first": [1], "second": [0, 2]})
+    with pytest.raises(SurgeryError, match=r"^'second' cannot be cut, and nothing was: ") as error:
+        commit(plan, structure, ties)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert net.second.out_features == net.last.in_features == 16
+    commit(make_plan(structure, {"first": [1]}), structure, ties)

@@ -7,14 +7,29 @@ component, and coupling if they lie in several.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from tabulate import tabulate
+from torch import nn
 
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.pruning.tracing import OUTSIDE, Computation, Count, Trace, trace
+from tdmpc_prune.pruning.sizes import attribute_sizes
+from tdmpc_prune.pruning.tracing import (
+    OUTSIDE,
+    Computation,
+    Count,
+    Fixed,
+    Number,
+    Trace,
+    in_one_line,
+    numbers_in,
+    owners,
+    trace,
+    without_data,
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,8 @@ class Structure:
     parameter_sizes: tuple[Size, ...]
     mac_sizes: tuple[Size, ...]
     bare_norms: tuple[tuple[str, str, Factor], ...]  # (network, LayerNorm, its width), no weights
+    fixed: tuple[Fixed, ...]  # widths that are no group, and why
+    numbers: tuple[Number, ...]  # that enter the arithmetic, in order
 
     @property
     def widths(self) -> dict[str, int]:
@@ -137,6 +154,9 @@ class Structure:
 
     def table(self) -> str:
         """The groups as Markdown: what they are, and what a unit of each costs."""
+        fixed = "".join(f"\n- {text}" for text in self.why_fixed())
+        if not self.groups:
+            return f"There is nothing to cut: no width of this network can change.\n{fixed}"
         parameters, macs = sum(self.parameters().values()), sum(self.macs().values())
         coupled = set(self.coupled_layers())
         rows = []
@@ -164,7 +184,12 @@ class Structure:
             f"{table}\n\n{len(rows)} groups ({sum(g.coupling for g in self.groups)} coupling), "
             f"{parameters} parameters, {macs} planning MACs per decision. A weight belongs to "
             f"the unit that writes it and to the one that reads it: shares add up to over 100 %."
+            + (f"\n\nWidths that stay as they are:\n{fixed}" if fixed else "")
         )
+
+    def why_fixed(self) -> list[str]:
+        """The widths that are no group, one line each, for people."""
+        return [f"'{one.layer}' ({one.width} units): {one.why}" for one in self.fixed]
 
 
 def _by_component(sizes: tuple[Size, ...], widths: Mapping[str, int]) -> dict[str, int]:
@@ -177,11 +202,112 @@ def _by_component(sizes: tuple[Size, ...], widths: Mapping[str, int]) -> dict[st
 def find_groups(computation: Computation) -> Structure:
     """Trace a computation and return its groups, in the order of its parameters.
 
+    A width whose size enters the arithmetic (a division by `sqrt(x.shape[-1])`) is no group: a cut
+    would change the function for what is left.
+
     Raises:
         UnknownOperation: see `trace`.
         UserError: see `trace`; or a width of a following network is tied to none of the counted.
     """
     seen = trace(computation)
+    found = _structure(computation, seen)
+    if _difference_when_wider(computation, found, list(found.widths)) == "":
+        return found
+    members = _group_classes(seen)[0]
+    classes, fixed = seen.classes.copy(), seen.fixed
+    for group, own in zip(found.groups, members, strict=True):
+        if why := _difference_when_wider(computation, found, [group.name]):
+            classes[np.isin(classes, own)] = classes[OUTSIDE]
+            layers = group.name.partition("#")[0].split("+")
+            fixed += tuple(Fixed(layer, group.width, why) for layer in layers)
+    classes = np.unique(classes, return_inverse=True)[1]  # numbered without gaps
+    return _structure(computation, replace(seen, classes=classes, fixed=fixed))
+
+
+def _difference_when_wider(
+    computation: Computation, structure: Structure, groups: list[str]
+) -> str | None:
+    """How the arithmetic changes if these groups are twice as wide: "" not at all, None if the
+    computation does not run with other widths (a cut will be refused then)."""
+    widths = structure.widths | {name: 2 * structure.widths[name] for name in groups}
+    again = partial(numbers_at, computation, structure, widths)
+    try:
+        return difference(structure.numbers, again(), again)
+    except UserError:
+        return None
+
+
+def numbers_at(
+    computation: Computation, structure: Structure, widths: Mapping[str, int]
+) -> tuple[Number, ...]:
+    """What would enter the arithmetic at these widths.
+
+    Raises:
+        UserError: the computation does not run with them.
+    """
+    try:
+        networks = _at_widths(computation, structure, widths)
+    except (RuntimeError, ValueError) as error:  # a parametrisation that fits one shape only
+        raise UserError(in_one_line(error)) from error
+    return numbers_in(computation, networks)
+
+
+def _at_widths(
+    computation: Computation, structure: Structure, widths: Mapping[str, int]
+) -> dict[str, nn.Module]:
+    """Copies of the networks without data, as they would be at these widths."""
+    originals = owners(computation.networks)
+    shapes = {place: list(tensor.shape) for place, (_, tensor) in originals.items()}
+    for group in structure.groups:
+        for s in group.slices:
+            per_unit = len(s.index) // group.width
+            shapes[s.network, s.tensor][s.dim] += per_unit * (widths[group.name] - group.width)
+    networks = without_data(computation.networks, shapes)
+    for place, (module, _) in owners(networks).items():
+        before = attribute_sizes(originals[place][0])
+        for name, size in attribute_sizes(module).items():
+            if size != before[name]:
+                setattr(module, name, size)
+    for network, path, width in structure.bare_norms:
+        norm = networks[network].get_submodule(path)
+        norm.normalized_shape = (*norm.normalized_shape[:-1], size_of(width, widths))
+    return networks
+
+
+def difference(
+    before: tuple[Number, ...],
+    after: tuple[Number, ...],
+    again: Callable[[], tuple[Number, ...]],
+) -> str:
+    """The first number that is another one when widths change, for people; "" if there is none.
+
+    Args:
+        before: at one set of widths.
+        after: at another.
+        again: the latter once more: a number that is drawn anew every time says nothing.
+    """
+    repeated: tuple[Number, ...] = ()
+    for number, (one, other) in enumerate(zip(before, after, strict=False)):
+        if (one.place, one.operation) != (other.place, other.operation):
+            return f"its size decides which operations run in {one.place}"
+        if one == other:
+            continue
+        repeated = repeated or again()
+        if repeated[number : number + 1] == (other,):
+            pairs = zip(one.values, other.values, strict=False)
+            differing = (pair for pair in pairs if pair[0] != pair[1])
+            value, changed = next(differing, (len(one.values), len(other.values)))
+            return (
+                f"its size enters the arithmetic ({one.operation} in {one.place}: {value:g}, and "
+                f"{changed:g} with another width); keep that number in an attribute"
+            )
+    if len(before) != len(after):
+        return "its size decides which operations run"
+    return ""
+
+
+def _structure(computation: Computation, seen: Trace) -> Structure:
+    """What was seen, as groups."""
     counted = next(iter(computation.networks))
     outside = seen.classes[OUTSIDE]
     members, group_of, unit_of = _group_classes(seen)
@@ -248,6 +374,8 @@ def find_groups(computation: Computation) -> Structure:
         bare_norms=tuple(
             (network, module, factor(nodes)) for network, module, nodes in seen.bare_norms
         ),
+        fixed=seen.fixed,
+        numbers=seen.numbers,
     )
 
 

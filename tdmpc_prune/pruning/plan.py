@@ -158,11 +158,15 @@ def make_plan(
         strict: False cuts as far as the limits allow.
 
     Raises:
-        UserError: floors, budgets and protection do not allow it, and which bind.
+        UserError: floors, budgets and protection do not allow it, and which bind; or there is no
+            group at all.
     """
     if not np.isfinite(densities).all():
         raise ValueError("a unit's importance is not a finite number")
     widths = structure.widths
+    if not widths:
+        why = "; ".join(structure.why_fixed())
+        raise UserError(f"there is nothing to cut: no width can change{why and f' ({why})'}")
     floors = width_floors(structure, config)
     cuts = np.cumsum(list(widths.values()))[:-1]
     ranked = {  # least important first; equal ones in their order

@@ -8,7 +8,7 @@ only asked where an argument carries nodes. Dimensions that a rule does not pass
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -125,6 +125,34 @@ def _view(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
     labels = w.labels(source)
     asked = given["size"]
     found: list[np.ndarray | None] = [None] * len(new)
+    for before, after in _runs(old, new):
+        run = [(old[d], labels[d]) for d in before]
+        if 0 in old[before.start : before.stop]:  # nothing tells which channel came from where
+            for _, nodes in run:
+                w.tie(nodes, None)
+        elif any(nodes is not None for _, nodes in run):
+            places = slice(after.start, after.stop)
+            found[places] = _split(w, _merge(w, run).reshape(new[places]), list(asked[places]))
+    return tuple(found)
+
+
+def _runs(old: list[int], new: list[int]) -> Iterator[tuple[range, range]]:
+    """Dimensions before and after a view that hold the same elements, in runs as short as can be.
+
+    A tensor without elements matches from the back, as far as no size is zero; the rest is one run.
+    """
+    if 0 in old:
+        ends = [len(sizes) - sizes[::-1].index(0) for sizes in (old, new)]
+        while math.prod(old[ends[0] :]) != math.prod(new[ends[1] :]):
+            longer = int(math.prod(old[ends[0] :]) < math.prod(new[ends[1] :]))
+            ends[longer] += 1
+        yield range(ends[0]), range(ends[1])
+        for before, after in _runs(old[ends[0] :], new[ends[1] :]):
+            yield (
+                range(before.start + ends[0], before.stop + ends[0]),
+                range(after.start + ends[1], after.stop + ends[1]),
+            )
+        return
     i = j = 0
     while i < len(old) and j < len(new):
         first_old, first_new = i, j
@@ -134,11 +162,7 @@ def _view(w: Watcher, given: dict[str, Any], result: Tensor) -> Labels:
                 i += 1
             else:
                 j += 1
-        run = [(old[d], labels[d]) for d in range(first_old, i)]
-        if any(nodes is not None for _, nodes in run):
-            grid = _merge(w, run).reshape(new[first_new:j])
-            found[first_new:j] = _split(w, grid, list(asked[first_new:j]))
-    return tuple(found)
+        yield range(first_old, i), range(first_new, j)
 
 
 def _merge(w: Watcher, run: list[tuple[int, np.ndarray | None]]) -> np.ndarray:
@@ -280,7 +304,7 @@ def _unbind(w: Watcher, given: dict[str, Any], result: list[Tensor]) -> Labels:
     return _select(w, given, result[0])
 
 
-@rule("split", "split_with_sizes")
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
 def _split_up(w: Watcher, given: dict[str, Any], result: list[Tensor]) -> list[Labels]:
     labels, dim = list(w.labels(given["self"])), given["dim"]
     whole = labels[dim]
@@ -473,6 +497,17 @@ def _layer_norm(w: Watcher, given: dict[str, Any], result: Any) -> list[Labels]:
     if not affine and normalised[-1] is not None:
         w.note_bare_norm(normalised[-1])
     return [labels]
+
+
+@rule("_weight_norm_interface")
+def _weight_norm(w: Watcher, given: dict[str, Any], result: Any) -> list[Labels]:
+    """The norm is over all dimensions but one; those stay, as each of their channels is in it."""
+    labels, dim = list(w.labels(given["v"])), given["dim"]
+    w.tie(labels[dim], w.labels(given["g"])[dim])
+    for d, nodes in enumerate(labels):
+        if d != dim:
+            w.tie(nodes, None)
+    return [tuple(labels)]
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")

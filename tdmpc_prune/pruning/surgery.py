@@ -1,31 +1,33 @@
 """Carry out a plan: cut networks and optimisers together, or change nothing (ours).
 
 Parameters stay the same objects with smaller data, so that optimisers, hooks and whoever else holds
-them need not be told. After the cut the computation is traced again: if it does not run, or ties
-its channels in another way, the cut is undone.
+them need not be told. After the cut the computation is traced again: if it does not run, ties its
+channels in another way, or calculates with other numbers, the cut is undone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import combinations, product
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tdmpc_prune.pruning.groups import Structure, find_groups, size_of
+from tdmpc_prune.errors import UserError
+from tdmpc_prune.pruning.groups import Structure, difference, find_groups, numbers_at, size_of
 from tdmpc_prune.pruning.plan import Plan
-from tdmpc_prune.pruning.tracing import Computation
-
-# Module → attributes that repeat the size of its weight, and along which dimension.
-_SIZES: list[tuple[type[nn.Module], dict[str, int]]] = [
-    (nn.Linear, {"out_features": 0, "in_features": 1}),
-    (nn.modules.conv._ConvTransposeNd, {"in_channels": 0, "out_channels": 1}),
-    (nn.modules.conv._ConvNd, {"out_channels": 0, "in_channels": 1}),
-    (nn.modules.batchnorm._NormBase, {"num_features": 0}),
-    (nn.GroupNorm, {"num_channels": 0}),
-    (nn.Embedding, {"num_embeddings": 0, "embedding_dim": 1}),
-]
+from tdmpc_prune.pruning.sizes import attribute_sizes
+from tdmpc_prune.pruning.tracing import (
+    Computation,
+    in_one_line,
+    numbers_in,
+    owners,
+    without_data,
+)
 
 
 class SurgeryError(RuntimeError):
@@ -59,27 +61,28 @@ def commit(
 
     Raises:
         UserError: the plan does not fit the structure.
-        SurgeryError: what is left is not what was planned. Nothing is changed then.
+        SurgeryError: what is left is not what was planned, or an optimiser keeps what cannot be
+            cut. Nothing is changed then.
     """
     plan.check(structure)
-    optimisers = list(optimisers)
     cut = _Cut()
     try:
+        places = owners(computation.networks)
         dropped = _dropped_indices(plan, structure)
-        owners = _owners(computation.networks)
-        for (network, name), dims in dropped.items():
-            _, tensor = owners[network, name]
-            full = tensor.data
-            cut.replace(tensor, _select(full, dims))
-            for optimiser in optimisers:
-                state = optimiser.state.get(tensor, {})
-                for key, moment in state.items():
-                    if isinstance(moment, Tensor) and moment.shape == full.shape:
-                        cut.put(state, key, _select(moment, dims))
-        changed = {id(owners[place][1]) for place in dropped}
-        for module, tensor in owners.values():  # weights may be shared
-            if id(tensor) in changed:
-                _set_sizes(cut, module)
+        cuts = {id(places[at][1]): (f"'{at[1]}'", dims) for at, dims in dropped.items()}
+        moments = list(_cut_moments(optimisers, cuts))
+        numbers = numbers_in(computation, without_data(computation.networks))  # as they are now
+        modules = list({id(module): module for module, _ in places.values()}.values())
+        sizes = [attribute_sizes(module) for module in modules]
+        for place, dims in dropped.items():
+            tensor = places[place][1]
+            cut.replace(tensor, _select(tensor.data, dims))
+        for state, key, moment in moments:
+            cut.put(state, key, moment)
+        for module, before in zip(modules, sizes, strict=True):
+            for name, size in attribute_sizes(module).items():
+                if size != before[name] and name in module.__dict__:
+                    cut.put(module.__dict__, name, size)
         after = plan.widths_after
         for network, path, width in structure.bare_norms:
             norm = computation.networks[network].get_submodule(path)
@@ -90,12 +93,36 @@ def commit(
         same = all(left.widths.get(name, 1) == width for name, width in after.items())
         if not same or not set(left.widths) <= set(after):
             raise SurgeryError(f"the cut left the widths {left.widths} instead of {after}")
+        again = partial(numbers_in, computation, without_data(computation.networks))
+        if changed := difference(numbers, left.numbers, again):
+            raise SurgeryError(f"the cut network computes another function: {changed}")
     except BaseException as error:
         cut.undo()
-        if isinstance(error, (RuntimeError, ValueError)) and not isinstance(error, SurgeryError):
-            raise SurgeryError(f"the cut network does not run: {error}") from error
-        raise
+        if not isinstance(error, Exception):  # an interrupt
+            raise
+        what = in_one_line(error)
+        if not isinstance(error, SurgeryError):
+            what = f"the cut network does not run: {what}"
+        groups = " and ".join(f"'{name}'" for name in _to_blame(plan, structure, computation))
+        raise SurgeryError(
+            f"{groups or 'the network'} cannot be cut, and nothing was: {what}"
+        ) from error
     return left
+
+
+def _to_blame(plan: Plan, structure: Structure, computation: Computation) -> list[str]:
+    """The groups that cannot be cut even alone; all that were to be cut if there are none."""
+    found = []
+    for name in plan.removed:
+        widths = structure.widths | {name: plan.widths_after[name]}
+        again = partial(numbers_at, computation, structure, widths)
+        try:
+            alike = not difference(structure.numbers, again(), again)
+        except UserError:
+            alike = False
+        if not alike:
+            found.append(name)
+    return found or list(plan.removed)
 
 
 class _Cut:
@@ -103,10 +130,19 @@ class _Cut:
 
     def __init__(self) -> None:
         self._before: list = []
+        self._guards: list = []  # on graphs that were recorded before the cut
 
     def replace(self, tensor: Tensor, data: Tensor) -> None:
         """Give a parameter or buffer other data; its gradient is of the old shape, and goes."""
         self._before.append((tensor, tensor.data, tensor.grad))
+        if tensor.requires_grad:
+            # While a loss is alive its graph's last node is, and that remembers the shape. PyTorch
+            # lets go of it where the type changes; what was recorded with it is of no use then.
+            node = torch.autograd.graph.get_gradient_edge(tensor).node
+            self._guards.append(node.register_prehook(_too_old))
+            other = torch.float16 if tensor.dtype != torch.float16 else torch.float32
+            tensor.grad = None
+            tensor.data = tensor.data.new_empty(0, dtype=other)
         tensor.grad = None
         tensor.data = data
 
@@ -115,12 +151,131 @@ class _Cut:
         place[key] = value
 
     def undo(self) -> None:
+        for guard in self._guards:
+            guard.remove()
         for first, second, third in reversed(self._before):
             if isinstance(first, dict):
                 first[second] = third
             else:
+                first.grad = None
                 first.data = second
                 first.grad = third
+
+
+def _too_old(_: Any) -> None:
+    raise RuntimeError("this loss was computed before the network was cut: compute it again")
+
+
+# --- Optimisers -----------------------------------------------------------------------------
+
+
+def _cut_moments(
+    optimisers: Iterable[torch.optim.Optimizer],
+    cuts: Mapping[int, tuple[str, dict[int, np.ndarray]]],
+) -> Iterator[tuple[dict, str, Tensor]]:
+    """(state, key, what is left) for all that optimisers keep of parameters that are cut.
+
+    Args:
+        optimisers: they may have others inside of them.
+        cuts: id of a parameter → its name, and dimension → indices to drop.
+
+    Raises:
+        SurgeryError: something is kept of which it is not certain how it has to be cut.
+    """
+    for optimiser in optimisers:
+        inner = (v for v in vars(optimiser).values() if isinstance(v, torch.optim.Optimizer))
+        yield from _cut_moments(inner, cuts)
+        if not any(id(p) in cuts for group in optimiser.param_groups for p in group["params"]):
+            continue
+        _refuse_tensors_beside(optimiser)
+        ways = _ways(optimiser.state)
+        for parameter, state in optimiser.state.items():
+            for key, value in state.items():
+                if all(tensor.numel() <= 1 for tensor in _tensors(value)):  # counters
+                    continue
+                name, dims = cuts.get(id(parameter), ("a parameter that stays as it is", {}))
+                possible = {
+                    tuple((own, dim) for own, dim in enumerate(way) if dim in dims)
+                    for way in ways.get((key, parameter.dim()), ())
+                }
+                if len(possible) != 1:
+                    shape = f" {list(value.shape)}" if isinstance(value, Tensor) else ""
+                    raise SurgeryError(
+                        f"how '{key}'{shape} that {type(optimiser).__name__} keeps of {name} "
+                        f"{list(parameter.shape)} has to be cut is not certain; reset it before "
+                        f"the cut (optimiser.state.clear()), or make a new optimiser after it"
+                    )
+                if along := possible.pop():
+                    yield state, key, _select(value, {own: dims[dim] for own, dim in along})
+
+
+def _ways(state: Mapping[Tensor, dict]) -> dict[tuple[str, int], set[tuple[int | None, ...]]]:
+    """What the dimensions of an optimiser's state may be.
+
+    For a key and a number of dimensions of the parameter, each way says for every dimension of the
+    state which one of the parameter's it is, or None where the state has one value for all. A
+    moment has all of them, a factored one some. A key means the same for all parameters of an
+    optimiser, so what could be rows or columns of a square matrix is told by the others; and a key
+    that fits one of them in no way is not understood at all.
+    """
+    ways: dict[tuple[str, int], set[tuple[int | None, ...]]] = {}
+    for parameter, kept in state.items():
+        for key, value in kept.items():
+            if all(tensor.numel() <= 1 for tensor in _tensors(value)):
+                continue
+            own: set[tuple[int | None, ...]] = set()
+            if isinstance(value, Tensor):
+                whole, sizes = tuple(parameter.shape), tuple(value.shape)
+                if len(sizes) == len(whole):
+                    choices = [
+                        ([None] if size == 1 else []) + ([dim] if size == full else [])
+                        for dim, (size, full) in enumerate(zip(sizes, whole, strict=True))
+                    ]
+                    own = set(product(*choices))
+                else:
+                    parts = combinations(range(len(whole)), len(sizes))
+                    own = {part for part in parts if tuple(whole[d] for d in part) == sizes}
+            place = key, parameter.dim()
+            ways[place] = ways.get(place, own) & own
+    unknown = {key for (key, _), own in ways.items() if not own}
+    return {place: own for place, own in ways.items() if place[0] not in unknown}
+
+
+def _refuse_tensors_beside(optimiser: torch.optim.Optimizer) -> None:
+    """Refuse an optimiser that keeps tensors elsewhere than by parameter, in its state."""
+    kind = type(optimiser).__name__
+    held = {id(p) for group in optimiser.param_groups for p in group["params"]}
+    places = {
+        f"attribute '{key}'": value
+        for key, value in vars(optimiser).items()
+        if key not in ("state", "param_groups", "defaults")
+    }
+    places |= {
+        f"'{key}' of a parameter group": value
+        for group in optimiser.param_groups
+        for key, value in group.items()
+    }
+    for place, value in places.items():
+        if any(t.numel() > 1 and id(t) not in held for t in _tensors(value)):
+            raise SurgeryError(
+                f"{kind} keeps tensors in its {place}, and how they have to be cut is not known; "
+                f"make a new optimiser after the cut"
+            )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value, nested in whatever containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, (list, tuple, set, deque)):
+        for part in value:
+            yield from _tensors(part)
+
+
+# --- What goes ------------------------------------------------------------------------------
 
 
 def _dropped_indices(
@@ -145,31 +300,3 @@ def _select(tensor: Tensor, dropped: dict[int, np.ndarray]) -> Tensor:
         left = np.setdiff1d(np.arange(tensor.shape[dim]), indices)
         tensor = tensor.index_select(dim, torch.from_numpy(left).to(tensor.device))
     return tensor
-
-
-def _owners(networks: dict[str, nn.Module]) -> dict[tuple[str, str], tuple[nn.Module, Tensor]]:
-    """(network, name of a parameter or buffer) → the module that holds it, and itself."""
-    return {
-        (network, f"{path}.{name}" if path else name): (module, tensor)
-        for network, root in networks.items()
-        for path, module in root.named_modules()
-        for name, tensor in (
-            *module.named_parameters(recurse=False),
-            *module.named_buffers(recurse=False),
-        )
-    }
-
-
-def _set_sizes(cut: _Cut, module: nn.Module) -> None:
-    """Make a module's attributes say what its weight's shape says."""
-    weight = getattr(module, "weight", None)
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and weight is not None:
-        cut.put(module.__dict__, "normalized_shape", tuple(weight.shape))
-        return
-    if weight is None and isinstance(module, nn.modules.batchnorm._NormBase):
-        weight = module.running_mean
-    for kind, attributes in _SIZES:
-        if isinstance(module, kind) and weight is not None:
-            for attribute, dim in attributes.items():
-                cut.put(module.__dict__, attribute, weight.shape[dim])
-            return
