@@ -351,22 +351,25 @@ def test_a_file_that_is_no_table_is_refused(tmp_path):
             study_report.of_csv(path)
 
 
-# --- What the README says --------------------------------------------------------------------
+# --- What the pages say ----------------------------------------------------------------------
 
 
 def test_the_study_on_file_is_what_its_csv_says():
-    """Tables in the README and beside the CSV, and every number in the words between them."""
+    """Tables on its page and beside the CSV, and every number in the words, the README's too."""
     shown = ROOT / ".readme"
     texts = {}
     for name in ("study", "study-global"):
         texts[name] = study_report.tables(study_report.of_csv(shown / f"{name}.csv"))
         assert (shown / f"{name}.md").read_text() == texts[name]
     text = texts["study"]
-    readme = (ROOT / "README.md").read_text()
-    section = readme.split("## The study\n")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")]
+    page = (shown / "study-findings.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("|")]
     assert len(rows) > 10 and set(rows) <= set(text.splitlines())
-    words = re.sub(r"```.*?```|\(.*?\.(png|md|csv|json)\)", "", section, flags=re.DOTALL)
+    readme = (ROOT / "README.md").read_text()
+    (finding,) = [line for line in readme.splitlines() if "study-findings.md" in line]
+    words = re.sub(
+        r"```.*?```|\([^()]*\.(png|md|csv|json)\)", "", f"{page}\n{finding}", flags=re.DOTALL
+    )
     words = "\n".join(line for line in words.splitlines() if not line.startswith("|"))
     number = r"\d[\d ]*(?:\.\d+)?"
     said = {found.replace(" ", "") for found in re.findall(number, words)}
@@ -376,4 +379,4 @@ def test_the_study_on_file_is_what_its_csv_says():
     assert said <= set(re.findall(r"\d+(?:\.\d+)?", known)), said
     for name in ("sparsity", "profile", "cost"):
         assert (shown / f"study-{name}.png").is_file()
-        assert f".readme/study-{name}.png" in readme
+        assert f"(study-{name}.png)" in page
