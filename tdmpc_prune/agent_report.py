@@ -9,7 +9,6 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-import numpy as np
 from tabulate import tabulate
 
 from envs import make_env, simulator_step_seconds
