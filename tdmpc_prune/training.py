@@ -26,9 +26,11 @@ from tdmpc_prune.agent.replay import Episode, SequenceReplay
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.checkpoint import (
     SavedAgent,
+    check_newest,
     checkpoint_dir,
     load_agent,
     load_training,
+    owned,
     save_agent,
     save_checkpoint,
     write_agent,
@@ -45,6 +47,7 @@ from tdmpc_prune.evaluation import (
 from tdmpc_prune.pruning.course import Course
 from tdmpc_prune.run_log import Averages, RunLog
 from tdmpc_prune.runtime import choose_device, set_threads
+from tdmpc_prune.settings import typed
 from tdmpc_prune.signals import Stopped, StopRequest
 
 EVALUATION_SEED = 1_000_000  # the initial states of evaluations are the same in every run
@@ -119,6 +122,7 @@ class Trainer:
             self.course = agent_course(config, self.progress.env_steps, self.learner)
         self._stop_request = StopRequest()
         self._averages = Averages()
+        self._loaded: Path | None = None  # the checkpoint that it goes on from
         self.log: RunLog | None = None
 
     @property
@@ -129,9 +133,15 @@ class Trainer:
         """Train to the end and return the last evaluation.
 
         Raises:
+            UserError: another process is at work in the run's folder, or was since it was loaded.
             Stopped: a signal came; the state is saved.
             RunError: a loss is not finite (the state before it is saved), or saving failed.
         """
+        with owned(self.run_dir):
+            check_newest(self.run_dir, self._loaded)
+            return self._run_owned()
+
+    def _run_owned(self) -> Evaluation:
         self.log = RunLog(
             self.run_dir, self.progress.env_steps, self.config.env_steps, self.progress.history
         )
@@ -146,7 +156,7 @@ class Trainer:
         except OSError as error:
             raise RunError(
                 f"writing to '{self.run_dir}' failed: {error.strerror}; the newest checkpoint "
-                f"is whole, go on with resume={self.run_dir}"
+                f"is whole, go on with: {typed('train.py', resume=self.run_dir)}"
             ) from error
         finally:
             self.log.close()
@@ -460,6 +470,7 @@ class Trainer:
         Raises:
             UserError: it is damaged, or is no run's state.
         """
+        self._loaded = folder
         agent = load_agent(folder)
         training, files = load_training(folder)
         if training["device"] != self.device.type:
@@ -557,7 +568,7 @@ class Trainer:
         self.save()
         raise Stopped(
             f"stopped by {self._stop_request.name} at {self.progress.env_steps} env steps; "
-            f"go on with: python scripts/train.py resume={self.run_dir}",
+            f"go on with: {typed('train.py', resume=self.run_dir)}",
             self._stop_request.number,
         )
 
