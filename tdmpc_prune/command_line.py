@@ -218,7 +218,10 @@ def sweep(name: str, arguments: Arguments, function: Function) -> None:
     failed = [o for o in outcomes if 0 < o.code <= 128]
     if failed:
         jobs = "jobs" if len(outcomes) > 1 else "job"
-        reasons = "; ".join(f"{outcome.job}: {outcome.message}" for outcome in failed)
+        named: dict[str, list[str]] = {}
+        for outcome in failed:
+            named.setdefault(outcome.message, []).append(outcome.job)
+        reasons = "; ".join(f"{', '.join(own)}: {message}" for message, own in named.items())
         _say(f"error: {len(failed)} of {len(outcomes)} {jobs} failed: {reasons}")
     if stopped or stop:
         begun = sum(outcome.message != "did not begin" for outcome in outcomes)

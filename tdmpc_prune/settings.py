@@ -90,5 +90,8 @@ def _has_another_meaning(value: str) -> bool:
 
 def typed(script: str, *arguments: str, **settings: Any) -> str:
     """A command that can be pasted, for example `typed("train.py", resume=run_dir)`."""
-    values = [f"{name}={quoted(str(value))}" for name, value in settings.items()]
+    values = [
+        f"{name}={value if isinstance(value, int) else quoted(str(value))}"
+        for name, value in settings.items()
+    ]
     return shlex.join(["python", f"scripts/{script}", *arguments, *values])
