@@ -14,13 +14,15 @@ from tdmpc_prune.words import counted
 
 
 def main(config: BenchmarkConfig, given: list[str]) -> None:
-    """Measure milliseconds per decision and per update, or a pruned agent beside its parent."""
+    """Measure milliseconds per decision and per update, or a pruned agent beside its parent.
+
+    Examples:
+      python scripts/benchmark.py model=paper
+      python scripts/benchmark.py checkpoints/cartpole-swingup-fitted
+    """
     set_threads(config.threads)
     device = choose_device(config.device)
     if config.checkpoint:
-        for name in given:
-            if name in ("environments", "model") or name.startswith("model."):
-                raise UserError(f"{name} does not go with checkpoint=, which brings its own")
         agent = load_agent(config.checkpoint, device, config.task if "task" in given else None)
         parent = load_parent(agent, device=device)
         if parent is None:

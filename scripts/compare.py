@@ -1,11 +1,11 @@
 """Compare runs: `python scripts/compare.py RUN_FOLDER … [--out NAME]`."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from tdmpc_prune import compare
-from tdmpc_prune.errors import RunError, UserError
+from tdmpc_prune.command_line import console
+from tdmpc_prune.errors import UserError
 from tdmpc_prune.files import write_file
 from tdmpc_prune.words import narrowed
 
@@ -14,8 +14,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders of those")
     parser.add_argument("--out", default="compare", help="of NAME.png, NAME.md and NAME.csv")
-    arguments = parser.parse_args()
-    try:
+    with console():
+        arguments = parser.parse_args()
         measured, without = compare.read(compare.find_runs(arguments.runs))
         left_out = [f"left out: '{run}' has not been evaluated yet" for run in without]
         if not measured:
@@ -31,11 +31,8 @@ def main() -> None:
         write_file(f"{arguments.out}.png", compare.picture(measured), "--out")
         if ways:
             write_file(f"{arguments.out}-path.png", compare.path_picture(measured), "--out")
-    except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, RunError) else 2) from error
-    path = f", {arguments.out}-path.png" if ways else ""
-    print(f"\nwritten to {arguments.out}.png{path}, .md and .csv")
+        path = f", {arguments.out}-path.png" if ways else ""
+        print(f"\nwritten to {arguments.out}.png{path}, .md and .csv")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,11 @@ from tdmpc_prune.runtime import set_threads
 
 
 def main(config: CompareCoefficientsConfig, given: list[str]) -> None:
-    """Uniform and global magnitude, global bayesian, grid and gradient, at equal sparsity."""
+    """Uniform and global magnitude, global bayesian, grid and gradient, at equal sparsity.
+
+    Examples:
+      python scripts/compare_coefficients.py runs/autoencoder-digits/none/seed1 <another>
+    """
     set_threads(config.threads)
     check_folder(config.out, "out")
     rows, score = coefficients.compare(config)

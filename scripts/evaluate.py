@@ -13,7 +13,13 @@ from tdmpc_prune.words import narrowed
 
 
 def main(config: EvaluateConfig, given: list[str]) -> None:
-    """Play whole episodes with a saved agent, and say how it does beside its dense parent."""
+    """Play whole episodes with a saved agent, and say how it does beside its dense parent.
+
+    Examples:
+      python scripts/evaluate.py checkpoints/cartpole-swingup-pruned
+      python scripts/evaluate.py checkpoints/cartpole-swingup-pruned viewer=true
+      python scripts/evaluate.py runs/cartpole-swingup/none/seed1 video=out.mp4 episodes=1
+    """
     set_threads(config.threads)
     device = choose_device(config.device)
     agent = load_agent(config.checkpoint, device, config.task)

@@ -7,10 +7,15 @@ from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import ExportConfig
 from tdmpc_prune.export import CHECKED, export
 from tdmpc_prune.runtime import set_threads
+from tdmpc_prune.settings import typed
 
 
 def main(config: ExportConfig, given: list[str]) -> None:
-    """Write an agent's planner, or its policy alone, as an ONNX graph that needs no PyTorch."""
+    """Write an agent's planner, or its policy alone, as an ONNX graph that needs no PyTorch.
+
+    Examples:
+      python scripts/export.py checkpoints/cartpole-swingup-fitted
+    """
     set_threads(1)
     agent = load_agent(config.checkpoint)
     name = f"{agent.task.replace(':', '-').replace('/', '-')}-{config.part}.onnx"
@@ -20,7 +25,7 @@ def main(config: ExportConfig, given: list[str]) -> None:
         f"{CHECKED} random observations, {done.jumps} left out in which rounding decides\n"
         f"median of one thread, side by side: {done.onnx_ms:.2f} ms in ONNX Runtime, "
         f"{done.torch_ms:.2f} ms in PyTorch\n"
-        f"run it with   python scripts/run_exported.py {done.graph}"
+        f"run it with   {typed('run_exported.py', str(done.graph))}"
     )
 
 

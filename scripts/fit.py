@@ -7,18 +7,25 @@ from tdmpc_prune import fit, prune_checkpoint, runs
 from tdmpc_prune.checkpoint import command_line
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import FitConfig
+from tdmpc_prune.errors import UserError
 from tdmpc_prune.runtime import set_threads
 from tdmpc_prune.words import narrowed
 
 
 def main(config: FitConfig, given: list[str]) -> None:
-    """Find the networks and the planner budget that reach a control rate at the least loss."""
+    """Find the networks and the planner budget that reach a control rate at the least loss.
+
+    Examples:
+      python scripts/fit.py runs/cartpole-swingup/bayesian/seed1 rate_hz=200
+    """
     folder = fit.free_folder(config)
     fit.dense_agent(config)  # or nothing is begun
     if cutting := fit.cutting(config):
         trainer = prune_checkpoint.start(cutting, sys.argv)
         runs.finish(trainer)
         config = replace(config, checkpoint=str(trainer.run_dir))
+    elif idle := config.idle_uncut(given):
+        raise UserError(f"{idle.name} has no effect {idle.reason}; add {idle.needed}")
     set_threads(config.threads)
     found = fit.fit(config, folder, command_line(sys.argv))
     print(narrowed(found.table()) if found.played else "no candidate is fast enough")

@@ -10,7 +10,12 @@ from tdmpc_prune.words import narrowed
 
 
 def main(config: GroupsConfig, given: list[str]) -> None:
-    """Find the groups of an agent by tracing what it computes, and what a unit of each costs."""
+    """Find the groups of an agent by tracing what it computes, and what a unit of each costs.
+
+    Examples:
+      python scripts/groups.py task=cartpole-swingup model=paper
+      python scripts/groups.py checkpoints/cartpole-swingup-pruned
+    """
     structure = agent_groups(config)
     print(narrowed(structure.table()))
     if config.json:

@@ -3,21 +3,28 @@
 from pathlib import Path
 
 from tdmpc_prune import importance_history
+from tdmpc_prune.checkpoint import beside, run_folder
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import ImportanceConfig
 from tdmpc_prune.files import check_folder, png, write_file
 
 
 def main(config: ImportanceConfig, given: list[str]) -> None:
-    """Draw importance by group and time of a pruning run, and say which groups rose and fell."""
-    check_folder(config.out, "out")
-    history = importance_history.read(Path(config.run))
+    """Draw importance by group and time of a pruning run, and say which groups rose and fell.
+
+    Examples:
+      python scripts/importance.py runs/cartpole-swingup/bayesian/seed1
+    """
+    run = run_folder(config.checkpoint) or Path(config.checkpoint)
+    history = importance_history.read(run)
+    out = config.out or beside(run, "importance")
+    check_folder(out, "out")
     words = importance_history.summary(history)
     print(words)
-    write_file(f"{config.out}.md", words.replace("\n", "\n\n") + "\n", "out")
-    write_file(f"{config.out}.csv", importance_history.as_csv(history), "out")
-    write_file(f"{config.out}.png", png(importance_history.draw(history)), "out")
-    print(f"\nwritten to {config.out}.png, .md and .csv")
+    write_file(f"{out}.md", words.replace("\n", "\n\n") + "\n", "out")
+    write_file(f"{out}.csv", importance_history.as_csv(history), "out")
+    write_file(f"{out}.png", png(importance_history.draw(history)), "out")
+    print(f"\nwritten to {out}.png, .md and .csv")
 
 
 if __name__ == "__main__":

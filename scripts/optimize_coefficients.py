@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from tdmpc_prune.checkpoint import beside
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import CoefficientsConfig
 from tdmpc_prune.files import check_folder, write_file
@@ -12,9 +13,15 @@ from tdmpc_prune.runtime import set_threads
 
 
 def main(config: CoefficientsConfig, given: list[str]) -> None:
-    """Find, by grid search or gradient descent, how much to take from each group; cut a copy."""
+    """Find, by grid search or gradient descent, how much to take from each group; cut a copy.
+
+    Examples:
+      python scripts/optimize_coefficients.py runs/autoencoder-digits/none/seed1 sparsity=0.8
+      python scripts/optimize_coefficients.py runs/cartpole-swingup/none/seed1 method=grid
+    """
     set_threads(config.threads)
-    out = Path(config.out or f"{config.method}-{config.sparsity:g}.json")
+    name = f"{config.method}-{config.sparsity:g}.json"
+    out = Path(config.out) if config.out else beside(config.checkpoint, name)
     check_folder(out, "out")
     found, plan, score = optimize(config)
     print(text(found, score))

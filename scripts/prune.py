@@ -8,7 +8,13 @@ from tdmpc_prune.config import PruneCheckpointConfig
 
 
 def main(config: PruneCheckpointConfig, given: list[str]) -> None:
-    """Prune a saved agent or autoencoder in steps, with training and the score after each."""
+    """Prune a saved agent or autoencoder in steps, with training and the score after each.
+
+    Examples:
+      python scripts/prune.py runs/cartpole-swingup/none/seed1 prune.sparsity=0.9
+      python scripts/prune.py runs/cartpole-swingup/none/seed1 explain=plan.json
+      python scripts/prune.py runs/cartpole-swingup/none/seed1 prune.plan=plan.json
+    """
     if config.explain:
         plan = prune_checkpoint.explain(config, given)
         print(f"{plan.explain()}\n\nwritten to {config.explain}; nothing was cut")

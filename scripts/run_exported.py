@@ -50,6 +50,8 @@ def main() -> None:
     parser.add_argument("graph", type=Path, help="of export.py, *.onnx")
     parser.add_argument("episodes", type=int, nargs="?", default=10)
     parser.add_argument("task", nargs="?", help="another task with the same sizes")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal may lack a sign
     given = parser.parse_args()
     try:
         returns = play(given.graph, given.task, max(1, given.episodes))

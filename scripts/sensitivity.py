@@ -3,22 +3,28 @@
 import json
 
 from tdmpc_prune import sensitivity
+from tdmpc_prune.checkpoint import beside
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import SensitivityConfig
 from tdmpc_prune.files import check_folder, write_file
 
 
 def main(config: SensitivityConfig, given: list[str]) -> None:
-    """Remove units of each group, measure the score without recovery, and judge the metrics."""
-    check_folder(config.out, "out")
+    """Remove units of each group, measure the score without recovery, and judge the metrics.
+
+    Examples:
+      python scripts/sensitivity.py runs/cartpole-swingup/none/seed1
+    """
+    out = config.out or beside(config.checkpoint, "sensitivity")
+    check_folder(out, "out")
     found = sensitivity.measure(config)
     table = sensitivity.text(found, config)
     print(table)
-    write_file(f"{config.out}.md", table + "\n", "out")
+    write_file(f"{out}.md", table + "\n", "out")
     values = json.dumps(sensitivity.as_json(found, config), indent=1)
-    write_file(f"{config.out}.json", values + "\n", "out")
-    write_file(f"{config.out}.png", sensitivity.picture(found, config), "out")
-    print(f"\nwritten to {config.out}.png, .md and .json")
+    write_file(f"{out}.json", values + "\n", "out")
+    write_file(f"{out}.png", sensitivity.picture(found, config), "out")
+    print(f"\nwritten to {out}.png, .md and .json")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 
 from tdmpc_prune import stability
+from tdmpc_prune.checkpoint import beside
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.config import StabilityConfig
 from tdmpc_prune.files import check_folder, write_file
@@ -10,18 +11,25 @@ from tdmpc_prune.words import narrowed
 
 
 def main(config: StabilityConfig, given: list[str]) -> None:
-    """Certify, on sampled states, how far the agents of a pruning run may be compressed."""
-    check_folder(config.out, "out")
+    """Certify, on sampled states, how far the agents of a pruning run may be compressed.
+
+    Examples:
+      python scripts/stability.py runs/cartpole-swingup/bayesian/seed1
+      python scripts/stability.py runs/cartpole-swingup/bayesian/seed1 disturb.action_delay=1
+    """
+    one = isinstance(config.checkpoint, str)
+    out = config.out or (beside(config.checkpoint, "stability") if one else "stability")
+    check_folder(out, "out")
     stability.check_episodes(config)
     print(f"{stability.demand(config)}\n", flush=True)
     found = stability.judge(config)
     print(narrowed(stability.text(found, config)))
     certificate = json.dumps(stability.certificate(found, config), indent=1)
-    write_file(f"{config.out}.json", certificate + "\n", "out")
-    write_file(f"{config.out}-gap.csv", stability.trajectories(found), "out")
-    write_file(f"{config.out}-gap.png", stability.trajectories_picture(found), "out")
-    write_file(f"{config.out}-boundary.png", stability.boundary_picture(found, config), "out")
-    print(f"\nwritten to {config.out}.json, -gap.csv, -gap.png and -boundary.png")
+    write_file(f"{out}.json", certificate + "\n", "out")
+    write_file(f"{out}-gap.csv", stability.trajectories(found), "out")
+    write_file(f"{out}-gap.png", stability.trajectories_picture(found), "out")
+    write_file(f"{out}-boundary.png", stability.boundary_picture(found, config), "out")
+    print(f"\nwritten to {out}.json, -gap.csv, -gap.png and -boundary.png")
 
 
 if __name__ == "__main__":

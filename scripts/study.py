@@ -6,7 +6,13 @@ from tdmpc_prune.config import StudyCommand
 
 
 def job(command: StudyCommand, given: list[str]) -> None:
-    """Compare ways to prune: every arm on every task at every sparsity with every seed."""
+    """Compare ways to prune: every arm on every task at every sparsity with every seed.
+
+    Examples:
+      python scripts/study.py study=quick
+      python scripts/study.py study=full hydra/launcher=joblib hydra.launcher.n_jobs=2
+      python scripts/study.py report=studies/full/results.csv
+    """
     study.run_job(command.study, study.all_jobs(command.study)[command.job])
 
 

@@ -8,7 +8,14 @@ from tdmpc_prune.config import TrainConfig
 
 
 def train(config: TrainConfig, given: list[str]) -> None:
-    """Train a TD-MPC agent on a control task, or go on with a run (resume=<its folder>)."""
+    """Train a TD-MPC agent on a control task, or go on with a run (resume=<its folder>).
+
+    Examples:
+      python scripts/train.py task=cartpole-swingup prune=bayesian
+      python scripts/train.py task=gym:Pendulum-v1 seed=2
+      python scripts/train.py resume=runs/cartpole-swingup/bayesian/seed1 env_steps=100000
+      python scripts/train.py -m task=cartpole-swingup seed=1,2,3
+    """
     fresh = not config.resume
     runs.finish(runs.start(config, sys.argv) if fresh else runs.resume(config, given))
 

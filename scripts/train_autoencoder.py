@@ -8,7 +8,12 @@ from tdmpc_prune.config import AutoencoderConfig
 
 
 def train(config: AutoencoderConfig, given: list[str]) -> None:
-    """Train an autoencoder on real images, or go on with a run (resume=<its folder>)."""
+    """Train an autoencoder on real images, or go on with a run (resume=<its folder>).
+
+    Examples:
+      python scripts/train_autoencoder.py prune=bayesian
+      python scripts/train_autoencoder.py data=mnist data.dir=<folder with MNIST's IDX files>
+    """
     start, resume = autoencoder_training.start, autoencoder_training.resume
     autoencoder_training.finish(resume(config, given) if config.resume else start(config, sys.argv))
 

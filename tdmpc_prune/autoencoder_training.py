@@ -7,7 +7,6 @@ checkpoint. Time is counted in updates; the score is the PSNR on images that are
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,12 @@ from tdmpc_prune.autoencoder.data import load_images
 from tdmpc_prune.autoencoder.learner import AutoencoderLearner
 from tdmpc_prune.autoencoder.model import Autoencoder, Widths, psnr
 from tdmpc_prune.checkpoint import (
+    check_newest,
     checkpoint_dir,
     create_run,
     load_tensors,
     load_training,
+    owned,
     read_json,
     read_run,
     save_checkpoint,
@@ -40,6 +41,7 @@ from tdmpc_prune.pruning.course import Course
 from tdmpc_prune.pruning.tracing import Computation
 from tdmpc_prune.run_log import Averages, RunLog
 from tdmpc_prune.runtime import set_threads, versions
+from tdmpc_prune.settings import typed
 from tdmpc_prune.signals import Stopped, StopRequest
 from tdmpc_prune.words import counted
 
@@ -119,6 +121,7 @@ class AutoencoderTrainer:
         self._stop_request = StopRequest()
         self._averages = Averages()
         self._history = 0
+        self._loaded: Path | None = None  # the checkpoint that it goes on from
         self.log: RunLog | None = None
 
     @property
@@ -133,9 +136,15 @@ class AutoencoderTrainer:
         """Train to the end and return the mean PSNR, dB.
 
         Raises:
+            UserError: another process is at work in the run's folder, or was since it was loaded.
             Stopped: a signal came; the state is saved.
             RunError: a loss is not finite, or saving failed.
         """
+        with owned(self.run_dir):
+            check_newest(self.run_dir, self._loaded)
+            return self._run_owned()
+
+    def _run_owned(self) -> float:
         self.log = RunLog(self.run_dir, self.now, self.config.updates, self._history, "updates")
         self.log.hyperparameters(to_plain(self.config), "PSNR")
         self.log.say(self._first_line())
@@ -146,7 +155,7 @@ class AutoencoderTrainer:
                         self.save()
                         raise Stopped(
                             f"stopped by {self._stop_request.name} at {self.now} updates; go on "
-                            f"with: python scripts/train_autoencoder.py resume={self.run_dir}",
+                            f"with: {typed('train_autoencoder.py', resume=self.run_dir)}",
                             self._stop_request.number,
                         )
             if self.course:
@@ -296,6 +305,7 @@ class AutoencoderTrainer:
 
     def load(self, folder: Path) -> None:
         """Take up the state that `save` wrote. Raises UserError: it is damaged."""
+        self._loaded = folder
         training, files = load_training(folder)
         weights = load_autoencoder(folder).state_dict()
         self.learner.updates = training["updates"]
@@ -424,7 +434,11 @@ def resume(config: AutoencoderConfig, given: list[str]) -> AutoencoderTrainer:
         UserError: there is no such run, it is damaged, or a setting may not change.
     """
     run_dir = Path(config.resume)
-    saved = from_plain(AutoencoderConfig, read_run(run_dir))
+    settings = read_run(run_dir)
+    if "data" not in settings:
+        own = typed("train.py", resume=run_dir)
+        raise UserError(f"'{run_dir}' is the run of an agent; go on with: {own}")
+    saved = from_plain(AutoencoderConfig, settings)
     if wrong := sorted(set(given) - _MAY_CHANGE_ON_RESUME):
         raise UserError(f"{wrong[0]} cannot change when a run is resumed; updates and threads can")
     changed = {name: getattr(config, name) for name in given if name != "resume"}
@@ -439,16 +453,16 @@ def resume(config: AutoencoderConfig, given: list[str]) -> AutoencoderTrainer:
 
 
 def finish(trainer: AutoencoderTrainer) -> None:
-    """Run to the end and say what came of it; a stop by a signal exits with 128 + its number."""
-    try:
-        score = trainer.run()
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        raise SystemExit(128 + stopped.signal_number) from stopped
+    """Run to the end and say what came of it. Raises: see `AutoencoderTrainer.run`."""
+    done = trainer.now
+    score = trainer.run()
     size = trainer.size()
     left = f"{size['parameters']:,} parameters"
     if trainer.course:
         left = pruning_report.reached(trainer.course, trainer.now)
+    if done == trainer.config.updates:
+        longer = typed("train_autoencoder.py", resume=trainer.run_dir, updates=2 * done)
+        print(f"the run is finished: it has its {done} updates; make it longer with: {longer}")
     print(
         f"PSNR {score:.2f} dB over {len(trainer.images.test)} images after {trainer.now} updates\n"
         f"{left}\n"

@@ -27,16 +27,18 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save_file as save_arrays
+from safetensors.numpy import save as serialised
 from torch import Tensor
 
 from envs import task_name
@@ -45,8 +47,10 @@ from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.config import from_plain, to_plain
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.runtime import versions
+from tdmpc_prune.settings import quoted
 
 _DESCRIPTIONS = ("agent.json", "autoencoder.json")
+_NAMED = 3  # folders that an error names at most
 FORMAT = "tdmpc_prune agent"
 FORMAT_VERSION = 1
 
@@ -82,9 +86,72 @@ def checkpoint_dir(path: str | Path) -> Path:
     found = sorted((path / "checkpoints").glob("[0-9]*-[0-9]*"))
     if found:
         return found[-1]
+    if path.is_file():
+        raise UserError(f"'{path}' is a file, and a checkpoint is a folder; {_to_give(path)}")
     if not path.exists():
-        raise UserError(f"checkpoint '{path}' does not exist")
-    raise UserError(f"'{path}' holds no checkpoint (no agent.json, no checkpoints folder)")
+        raise UserError(f"checkpoint '{path}' does not exist{_to_give(path, '; ')}")
+    if (path / "run.json").is_file():
+        raise UserError(f"the run '{path}' holds no checkpoint yet: it was not evaluated so far")
+    raise UserError(f"'{path}' holds no checkpoint{_to_give(path, '; ')}")
+
+
+def run_folder(path: str | Path) -> Path | None:
+    """The folder of the run that `path` is, or lies in; None if there is none."""
+    path = Path(path)
+    near = (path, *path.parents)[:3]  # <run>/checkpoints/<n>-<env steps>, <run>/agents/<name>
+    return next((folder for folder in near if (folder / "run.json").is_file()), None)
+
+
+def beside(checkpoint: str | Path, name: str) -> Path:
+    """Where what is found out about a checkpoint goes: into its run, or into its own folder.
+
+    What is not in a run (a shipped agent), or cannot be written to, leaves its results in the
+    current folder, under the checkpoint's name.
+    """
+    folder = checkpoint_dir(checkpoint)
+    run = run_folder(folder)
+    if run is not None:
+        folder = run if folder.parent.name == "checkpoints" else folder
+        if os.access(folder, os.W_OK):
+            return folder / name
+    return Path(f"{Path(checkpoint).resolve().name}-{name}")
+
+
+def _to_give(path: Path, before: str = "") -> str:
+    """What can be given in place of a path that is at a wrong level: the nearest, newest first."""
+    start = next((folder for folder in (path, *path.parents) if folder.is_dir()), None)
+    if start is None or (start != path and start in (Path("."), Path("/"))):
+        return ""
+    found = [start] if _usable(start) and start != path else _inside(start)
+    if not found and (run := run_folder(start)):
+        found = [run]
+    found = sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)
+    if not found:
+        return ""
+    names = ", ".join(shlex.quote(str(folder)) for folder in found[:_NAMED])
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f"{before}there {'is' if len(found) == 1 else 'are'} {names}{more}"
+
+
+def _usable(folder: Path) -> bool:
+    """Whether it is a checkpoint, or a run that has one."""
+    return any((folder / name).is_file() for name in _DESCRIPTIONS) or (
+        (folder / "run.json").is_file() and any((folder / "checkpoints").glob("[0-9]*-[0-9]*"))
+    )
+
+
+def _inside(folder: Path, depth: int = 4) -> list[Path]:
+    """The runs and checkpoints in a folder; what lies in a run counts as the run."""
+    found = []
+    with suppress(OSError):
+        for inner in sorted(folder.iterdir()):
+            if inner.name.startswith(".") or not inner.is_dir():
+                continue
+            if _usable(inner):
+                found.append(inner)
+            elif depth > 1:
+                found += _inside(inner, depth - 1)
+    return found
 
 
 def save_checkpoint(
@@ -300,19 +367,56 @@ def create_run(run_dir: Path, settings: dict[str, Any], command: list[str]) -> N
         UserError: there is already a run in it.
         RunError: it could not be written.
     """
+    resume = shlex.quote(f"resume={quoted(str(run_dir))}")
+    taken = UserError(
+        f"'{run_dir}' already holds a run: go on with {resume}, or give this one another folder "
+        f"with run_dir=…"
+    )
     if (run_dir / "run.json").exists():
-        raise UserError(
-            f"'{run_dir}' already holds a run: go on with resume={run_dir}, "
-            f"or give this one another folder with run_dir=…"
-        )
+        raise taken
     description = {"settings": settings, "versions": versions(), "command": command}
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"'{run_dir}' cannot be written: {error.strerror}") from error
+    with owned(run_dir):  # of two that start at once, one finds the other's
+        if (run_dir / "run.json").exists():
+            raise taken
         part = run_dir / ".run.json.part"
         write_json(part, description)
         os.replace(part, run_dir / "run.json")
+
+
+@contextmanager
+def owned(run_dir: Path) -> Iterator[None]:
+    """Hold a run's folder for this process; the system lets go of it when the process ends.
+
+    Raises:
+        UserError: another process is at work in it.
+        RunError: it cannot be written to.
+    """
+    lock = FileLock(run_dir / ".lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout as error:
+        raise UserError(
+            f"another process is at work in '{run_dir}'; wait for its end, or stop it"
+        ) from error
     except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
         raise RunError(f"'{run_dir}' cannot be written: {error.strerror}") from error
+
+
+def check_newest(run_dir: Path, loaded: Path | None) -> None:
+    """Refuse to go on from a checkpoint that is no longer the run's newest.
+
+    Raises:
+        UserError: another process went on with the run after `loaded` was read.
+    """
+    if loaded and checkpoint_dir(run_dir) != loaded:
+        raise UserError(f"another process went on with '{run_dir}' meanwhile; try again")
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
@@ -322,7 +426,9 @@ def read_run(run_dir: Path) -> dict[str, Any]:
         UserError: there is no run in that folder.
     """
     if not (run_dir / "run.json").is_file():
-        raise UserError(f"'{run_dir}' is not the folder of a run (it has no run.json)")
+        above = run_folder(run_dir)
+        hint = f"; it lies in {shlex.quote(str(above))}" if above else _to_give(run_dir, "; ")
+        raise UserError(f"'{run_dir}' is not the folder of a run (it has no run.json){hint}")
     try:
         settings = read_json(run_dir / "run.json")["settings"]
     except KeyError as error:
@@ -358,9 +464,10 @@ def save_tensors(folder: Path, name: str, tensors: dict[str, Any]) -> str:
         key: np.ascontiguousarray(value.cpu().numpy() if isinstance(value, Tensor) else value)
         for key, value in tensors.items()
     }
-    path = folder / f"{name}.safetensors"
-    save_arrays(arrays, path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    # `save_file` would make a file that nobody else can read, whatever the umask.
+    content = serialised(arrays)
+    (folder / f"{name}.safetensors").write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ The dataclasses are the only declaration of a setting: its type, default and doc
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,7 +24,63 @@ from tdmpc_prune.autoencoder.config import LearningConfig as AutoencoderLearning
 from tdmpc_prune.autoencoder.config import NetworkConfig as AutoencoderNetworkConfig
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning.config import ALLOCATIONS, METRICS, PruneConfig
-from tdmpc_prune.settings import require, setting
+from tdmpc_prune.settings import Idle, among, require, setting
+
+RUN_OR_CHECKPOINT = "a run's folder (its newest checkpoint), or a checkpoint"
+MODELS = {
+    "default": "128 wide, 256 samples: for one CPU core",
+    "paper": "as published, 512 wide and 512 samples",
+}
+RANKINGS = {
+    "bayesian": "upper credible bound of the energy of gradient × weight",
+    "fisher": "squared gradients",
+    "fisher_increase": "squared gradient × weight: what a removal would change",
+    "gradient": "absolute gradients",
+    "taylor": "absolute gradient × weight",
+    "magnitude": "norm of the weights",
+    "random": "chance, to compare with",
+}
+METHODS = {"none": "nothing is cut, the networks stay dense"} | RANKINGS
+IMAGES = {"digits": "8 × 8, ship with scikit-learn", "mnist": "28 × 28, from data.dir"}
+
+# What has no effect where units are only ranked, and where a dense agent is only counted.
+_OF_CUTS = (
+    *("sparsity", "start", "end", "steps", "shape", "allocation", "round_to", "budgets"),
+    *("max_return_drop", "eval_episodes", "plan"),
+)
+_FLOORS = ("min_width", "min_widths", "protect")
+_NOT_COUNTED = (
+    *("learning", "planner.temperature", "planner.momentum", "planner.min_std"),
+    *("planner.max_std", "planner.start_std", "planner.start_horizon"),
+    *("planner.schedule_decisions", "planner.policy_noise", "planner.policy_noise_clip"),
+)
+
+
+def _clipped(config: Any, eval_episodes: int, given: Sequence[str]) -> Idle | None:
+    """Episodes around a cut that are more than an evaluation has."""
+    if "prune.eval_episodes" in given and config.prune.eval_episodes > eval_episodes:
+        return Idle(
+            "prune.eval_episodes",
+            f"above eval_episodes={eval_episodes}",
+            f"eval_episodes={config.prune.eval_episodes}",
+        )
+    return None
+
+
+def _not_gathered(config: Any, given: Sequence[str]) -> Idle | None:
+    """Gradients are gathered only where nothing is learnt before the first cut."""
+    name = among(given, "prune.gather_updates", "prune.gather_episodes")
+    if name and not config.start_from:
+        return Idle(name, "in a run from scratch, which gathers gradients while it learns")
+    return None
+
+
+def _not_pruned(config: Any, given: Sequence[str]) -> Idle | None:
+    """Settings of a pruning where there is none."""
+    name = among([name for name in given if name != "prune.method"], "prune.")
+    if name and config.prune.method == "none":
+        return Idle(name, "without prune=…", "prune=bayesian")
+    return None
 
 
 @dataclass(frozen=True)
@@ -33,26 +90,28 @@ class TrainConfig:
     task: str = setting(
         "cartpole-swingup", "a DeepMind Control Suite task, or gym:<id> for any Gymnasium one"
     )
-    prune: PruneConfig = setting(PruneConfig, "whether and how to compress while training")
-    model: AgentConfig = setting(AgentConfig, "agent preset: default, or paper (as published)")
+    prune: PruneConfig = setting(
+        PruneConfig, "whether and how to compress while training", choices=METHODS
+    )
     seed: int = setting(1, "of everything random")
     env_steps: int = setting(50_000, "length of the training, in simulator steps")
-    device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
-    threads: int = setting(1, "CPU threads; more only helps while other processes leave cores idle")
-    action_repeat: int | None = setting(
-        None, "simulator steps per decision; null takes the task's own"
-    )
-    eval_every: int = setting(5_000, "env steps between evaluations, each saved as a checkpoint")
-    eval_episodes: int = setting(10, "episodes per evaluation")
     run_dir: str | None = setting(
         None, "folder of the run; null takes runs/<task>/<prune>/seed<seed>"
+    )
+    model: AgentConfig = setting(AgentConfig, "the agent", choices=MODELS)
+    resume: str | None = setting(
+        None, "folder of a run to go on with; only env_steps, device and threads may be changed"
     )
     start_from: str | None = setting(
         None, "checkpoint to start from, see scripts/prune.py; env_steps goes on from its count"
     )
-    resume: str | None = setting(
-        None, "folder of a run to go on with; only env_steps, device and threads may be changed"
+    eval_every: int = setting(5_000, "env steps between evaluations, each saved as a checkpoint")
+    eval_episodes: int = setting(10, "episodes per evaluation")
+    action_repeat: int | None = setting(
+        None, "simulator steps per decision; null takes the task's own"
     )
+    device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
+    threads: int = setting(1, "CPU threads; more only helps while other processes leave cores idle")
 
     def __post_init__(self):
         object.__setattr__(self, "task", task_name(self.task))  # one task, one name
@@ -62,30 +121,44 @@ class TrainConfig:
         require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31)")
         check_machine(self.device, self.threads)
 
+    def idle(self, given: Sequence[str]) -> Idle | None:
+        """A given setting without effect."""
+        if self.resume:
+            return None  # what may be given beside it is checked there
+        return (
+            _not_pruned(self, given)
+            or _not_gathered(self, given)
+            or self.prune.idle(given)
+            or _clipped(self, self.eval_episodes, given)
+        )
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
     """A training run of an autoencoder."""
 
-    data: DataConfig = setting(DataConfig, "the images")
-    network: AutoencoderNetworkConfig = setting(AutoencoderNetworkConfig, "its widths")
-    learning: AutoencoderLearningConfig = setting(AutoencoderLearningConfig, "its update")
+    data: DataConfig = setting(DataConfig, "the images", choices=IMAGES)
     prune: PruneConfig = setting(
-        lambda: PruneConfig(min_width=4, round_to=2), "whether and how to compress while training"
+        lambda: PruneConfig(min_width=4, round_to=2),
+        "whether and how to compress while training",
+        choices=METHODS,
+        unused=("eval_episodes", "gather_episodes"),
     )
     seed: int = setting(1, "of everything random")
     updates: int = setting(8_000, "length of the training")
-    eval_every: int = setting(500, "updates between measurements, each saved as a checkpoint")
-    threads: int = setting(1, "CPU threads")
     run_dir: str | None = setting(
         None, "folder of the run; null takes runs/autoencoder-<data>/<prune>/seed<seed>"
+    )
+    network: AutoencoderNetworkConfig = setting(AutoencoderNetworkConfig, "its widths")
+    learning: AutoencoderLearningConfig = setting(AutoencoderLearningConfig, "its update")
+    resume: str | None = setting(
+        None, "folder of a run to go on with; only updates and threads may be changed"
     )
     start_from: str | None = setting(
         None, "checkpoint to start from, see scripts/prune.py; updates goes on from its count"
     )
-    resume: str | None = setting(
-        None, "folder of a run to go on with; only updates and threads may be changed"
-    )
+    eval_every: int = setting(500, "updates between measurements, each saved as a checkpoint")
+    threads: int = setting(1, "CPU threads")
 
     def __post_init__(self):
         for name in ("updates", "eval_every"):
@@ -94,32 +167,40 @@ class AutoencoderConfig:
         require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31)")
         check_machine("cpu", self.threads)
 
+    def idle(self, given: Sequence[str]) -> Idle | None:
+        """A given setting without effect."""
+        if self.resume:
+            return None  # what may be given beside it is checked there
+        if "data.dir" in given and self.data.name == "digits":
+            return Idle("data.dir", "with data=digits, which ship with scikit-learn", "data=mnist")
+        return _not_pruned(self, given) or _not_gathered(self, given) or self.prune.idle(given)
+
 
 @dataclass(frozen=True)
 class PruneCheckpointConfig:
     """Pruning of a finished agent or autoencoder."""
 
-    checkpoint: str = setting(MISSING, "a run folder (its newest checkpoint) or a checkpoint")
+    checkpoint: str = setting(MISSING, RUN_OR_CHECKPOINT, positional=True)
     prune: PruneConfig = setting(
-        lambda: PruneConfig(method="bayesian", start=0.0), "how to compress"
+        lambda: PruneConfig(method="bayesian", start=0.0), "how to compress", choices=RANKINGS
     )
     env_steps: int = setting(
         20_000, "an agent's training from here to the end, in simulator steps; 0 only cuts"
     )
     updates: int = setting(4_000, "an autoencoder's training from here to the end; 0 only cuts")
+    seed: int = setting(1, "of everything random")
+    run_dir: str | None = setting(
+        None, "folder of the run; null takes runs/<task>/<prune>-of-finished/seed<seed>"
+    )
     explain: str | None = setting(
         None, "file for the plan of one cut to prune.sparsity; it is printed, and nothing is cut"
     )
-    seed: int = setting(1, "of everything random")
-    device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
-    threads: int = setting(1, "CPU threads")
     eval_every: int | None = setting(
         None, "between evaluations; null takes 5 000 env steps, or 500 updates of an autoencoder"
     )
     eval_episodes: int = setting(10, "episodes per evaluation of an agent")
-    run_dir: str | None = setting(
-        None, "folder of the run; null takes runs/<task>/<prune>-of-finished/seed<seed>"
-    )
+    device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
+    threads: int = setting(1, "CPU threads")
 
     def __post_init__(self):
         require(self.env_steps >= 0, f"env_steps={self.env_steps} cannot be negative")
@@ -127,25 +208,44 @@ class PruneCheckpointConfig:
         require(self.prune.method != "none", "prune=none cuts nothing; choose what ranks the units")
         check_machine(self.device, self.threads)
 
+    def idle(self, given: Sequence[str]) -> Idle | None:
+        """A given setting without effect."""
+        of_runs = ("env_steps", "updates", "run_dir", "eval_every", "eval_episodes")
+        of_cuts = ("start", "end", "steps", "shape", "max_return_drop", "eval_episodes", "plan")
+        if self.explain and (
+            name := among(given, *of_runs, *(f"prune.{n}" for n in (*of_cuts, "compare")))
+        ):
+            return Idle(name, "with explain=…, which plans one cut and runs nothing")
+        return self.prune.idle(given) or _clipped(self, self.eval_episodes, given)
+
 
 @dataclass(frozen=True)
 class GroupsConfig:
     """A look at an agent's groups."""
 
-    checkpoint: str | None = setting(None, "a saved agent; null takes a dense one for `task`")
+    checkpoint: str | None = setting(
+        None, f"{RUN_OR_CHECKPOINT}; null takes a dense agent for `task`", positional=True
+    )
     task: str = setting("cartpole-swingup", "whose observations and actions a dense agent gets")
-    model: AgentConfig = setting(AgentConfig, "preset of the dense agent: default, or paper")
+    model: AgentConfig = setting(
+        AgentConfig, "the dense agent", choices=MODELS, unused=_NOT_COUNTED
+    )
     json: str | None = setting(None, "file to write the groups to")
 
     def __post_init__(self):
         object.__setattr__(self, "task", task_name(self.task))
+
+    def idle(self, given: Sequence[str]) -> Idle | None:
+        """A given setting without effect."""
+        name = among(given, "task", "model", "model.")
+        return Idle(name, "with checkpoint=…") if name and self.checkpoint else None
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """An evaluation of a saved agent."""
 
-    checkpoint: str = setting(MISSING, "a run folder (its newest checkpoint) or a checkpoint")
+    checkpoint: str = setting(MISSING, RUN_OR_CHECKPOINT, positional=True)
     task: str | None = setting(None, "the task it must be for; null takes whatever it is for")
     episodes: int = setting(10, "episodes to play")
     seed: int = setting(0, "of the episodes' initial states and of the planner")
@@ -174,13 +274,22 @@ class EvaluateConfig:
         )
         check_machine(self.device, self.threads)
 
+    def idle(self, given: Sequence[str]) -> Idle | None:
+        """A given setting without effect."""
+        name = among(given, "episodes", "parent", "play_parent")
+        if name and self.viewer:
+            return Idle(name, "with viewer=true, which plays until the window is closed")
+        return None
+
 
 @dataclass(frozen=True)
 class FitConfig:
     """A search for the best agent that decides fast enough on this machine."""
 
     checkpoint: str = setting(
-        MISSING, "a pruning run, whose agents are all candidates, or one agent"
+        MISSING,
+        f"{RUN_OR_CHECKPOINT}; of a pruning run all agents are candidates",
+        positional=True,
     )
     rate_hz: float = setting(100.0, "decisions per second that it must reach")
     max_return_drop: float = setting(
@@ -198,7 +307,9 @@ class FitConfig:
     )
     prune: PruneConfig = setting(
         lambda: PruneConfig(method="bayesian", start=0.0, sparsity=0.97, max_return_drop=0.3),
-        "how the networks are cut",
+        "how the networks are cut first; its max_return_drop undoes cuts, the one above judges "
+        "what is found",
+        choices=RANKINGS,
     )
     out: str | None = setting(
         None, "folder for the fitted agent; null takes runs/<task>/fitted-<rate>hz"
@@ -219,6 +330,19 @@ class FitConfig:
         )
         check_machine("cpu", self.threads)
 
+    def idle(self, given: Sequence[str]) -> Idle | None:
+        """A given setting without effect."""
+        if self.env_steps == 0:
+            return self.idle_uncut(given)
+        return self.prune.idle(given) or _clipped(self, PruneCheckpointConfig.eval_episodes, given)
+
+    def idle_uncut(self, given: Sequence[str]) -> Idle | None:
+        """The same, where the networks are taken as they are."""
+        name = among(given, "prune", "prune.")
+        if name is None:
+            return None
+        return Idle(name, "where nothing is cut, as with a pruned agent", "env_steps=20000")
+
 
 COEFFICIENT_METHODS = ("gradient", "grid", "global", "uniform")
 
@@ -227,7 +351,9 @@ COEFFICIENT_METHODS = ("gradient", "grid", "global", "uniform")
 class CoefficientsConfig:
     """A search for how much to take from each group."""
 
-    checkpoint: str = setting(MISSING, "a run of an agent or an autoencoder, or a checkpoint")
+    checkpoint: str = setting(
+        MISSING, f"{RUN_OR_CHECKPOINT}, of an agent or an autoencoder", positional=True
+    )
     method: str = setting(
         "gradient",
         "gradient, or grid: search for the coefficients; or, to compare, global or uniform",
@@ -240,12 +366,17 @@ class CoefficientsConfig:
     fine_tuning: int = setting(500, "after the cut: updates, or an agent's env steps")
     episodes: int = setting(5, "of an agent: per measurement of its return")
     prune: PruneConfig = setting(
-        lambda: PruneConfig(method="bayesian", min_width=2), "how units are ranked, and floors"
+        lambda: PruneConfig(method="bayesian", min_width=2),
+        "how units are ranked, and floors",
+        choices=RANKINGS,
+        unused=(*_OF_CUTS, "compare"),
     )
     seed: int = setting(1, "of the batches")
     threads: int = setting(1, "CPU threads")
     out: str | None = setting(
-        None, "file for the plan; null takes <method>-<sparsity>.json. Results go beside it"
+        None,
+        "file for the plan; null takes <method>-<sparsity>.json in the run's folder. Results go "
+        "beside it",
     )
 
     def __post_init__(self):
@@ -266,12 +397,24 @@ class CoefficientsConfig:
         require(not self.prune.budgets, "prune.budgets is not known to a search for coefficients")
         check_machine("cpu", self.threads)
 
+    def idle(self, given: Sequence[str]) -> Idle | None:
+        """A given setting without effect."""
+        for name, method in (("budget", "grid"), ("steps", "gradient")):
+            if name in given and self.method != method:
+                return Idle(name, f"with method={self.method}", f"method={method}")
+        return None
+
 
 @dataclass(frozen=True)
 class CompareCoefficientsConfig:
     """A comparison of ways to choose how much to take from each group, at equal sparsity."""
 
-    checkpoints: list[str] = setting(MISSING, "runs or checkpoints, such as one for each seed")
+    checkpoint: list[str] = setting(
+        MISSING,
+        "folders of runs, or checkpoints, such as one for each seed: [a, b]",
+        positional=True,
+        formerly="checkpoints",
+    )
     sparsities: list[float] = setting(lambda: [0.5, 0.8, 0.9], "at which to compare")
     tolerance: float = setting(0.01, "by which a sparsity may be exceeded")
     largest: float = setting(0.8, "coefficient that a group may have (c_max)")
@@ -280,14 +423,16 @@ class CompareCoefficientsConfig:
     fine_tuning: int = setting(500, "after the cut: updates, or an agent's env steps")
     episodes: int = setting(5, "of an agent: per measurement of its return")
     prune: PruneConfig = setting(
-        lambda: PruneConfig(method="bayesian", min_width=2), "floors; every arm has its own ranking"
+        lambda: PruneConfig(method="bayesian", min_width=2),
+        "floors; every arm has its own ranking",
+        unused=("method", *_OF_CUTS, "compare"),
     )
     seed: int = setting(1, "of the batches")
     threads: int = setting(1, "CPU threads")
     out: str = setting("coefficients", "of the files <out>.md and <out>.csv")
 
     def __post_init__(self):
-        require(self.checkpoints != [], "checkpoints=[] names none")
+        require(self.checkpoint != [], "checkpoint=[] names none")
         require(self.sparsities != [], "sparsities=[] names none")
         for sparsity in self.sparsities:  # refuses what one search would refuse
             CoefficientsConfig(
@@ -308,19 +453,28 @@ class CompareCoefficientsConfig:
 class SensitivityConfig:
     """A measurement of what each group of a network is worth."""
 
-    checkpoint: str = setting(MISSING, "a run of an agent or an autoencoder, or a checkpoint")
+    checkpoint: str = setting(
+        MISSING, f"{RUN_OR_CHECKPOINT}, of an agent or an autoencoder", positional=True
+    )
     fractions: list[float] = setting(
         lambda: [0.25, 0.5, 0.75], "of each group's units to remove, ascending"
     )
     groups: list[str] = setting(list, "names of the groups; none takes all, see groups.py")
     episodes: int = setting(3, "of an agent: per removal")
     prune: PruneConfig = setting(
-        lambda: PruneConfig(method="bayesian"), "which metric ranks the units, and how it is got"
+        lambda: PruneConfig(method="bayesian"),
+        "which metric ranks the units, and how it is got",
+        choices=RANKINGS,
+        unused=(*_OF_CUTS, *_FLOORS),
     )
     processes: int = setting(2, "that measure at the same time")
     seed: int = setting(1, "of batches and of the random order")
     threads: int = setting(1, "CPU threads of each process")
-    out: str = setting("sensitivity", "of the files <out>.png, <out>.md and <out>.json")
+    out: str | None = setting(
+        None,
+        "of the files <out>.png, <out>.md and <out>.json; null takes sensitivity in the run's "
+        "folder",
+    )
 
     def __post_init__(self):
         ends = [0.0, *self.fractions, 1.0]
@@ -360,7 +514,11 @@ class DisturbConfig:
 class StabilityConfig:
     """A statistical certificate of stability."""
 
-    checkpoint: Any = setting(MISSING, "a pruning run (all its agents), an agent, or [a, list]")
+    checkpoint: Any = setting(
+        MISSING,
+        f"{RUN_OR_CHECKPOINT}, or several: [a, b]; of a pruning run all agents",
+        positional=True,
+    )
     reference: str | None = setting(
         None, "dense agent whose value gap is used; null takes the one that the checkpoint names"
     )
@@ -375,7 +533,11 @@ class StabilityConfig:
     processes: int = setting(2, "that play at the same time")
     seed: int = setting(0, "of initial states, planner noise and disturbances")
     threads: int = setting(1, "CPU threads")
-    out: str = setting("stability", "of <out>.json, <out>-gap.csv and .png, and <out>-boundary.png")
+    out: str | None = setting(
+        None,
+        "of <out>.json, <out>-gap.csv and .png, and <out>-boundary.png; null takes stability in "
+        "the run's folder, or here for several",
+    )
 
     def __post_init__(self):
         paths = [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint
@@ -400,15 +562,23 @@ class StabilityConfig:
 class ImportanceConfig:
     """A look at how importance moved during a pruning run."""
 
-    run: str = setting(MISSING, "the folder of a pruning run, of an agent or an autoencoder")
-    out: str = setting("importance", "of the files <out>.png, <out>.md and <out>.csv")
+    checkpoint: str = setting(
+        MISSING,
+        "a pruning run's folder, of an agent or an autoencoder, or a checkpoint in it",
+        positional=True,
+        formerly="run",
+    )
+    out: str | None = setting(
+        None,
+        "of the files <out>.png, <out>.md and <out>.csv; null takes importance in the run's folder",
+    )
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     """An export of a saved agent."""
 
-    checkpoint: str = setting(MISSING, "a run folder (its newest checkpoint) or a checkpoint")
+    checkpoint: str = setting(MISSING, RUN_OR_CHECKPOINT, positional=True)
     format: str = setting("onnx", "onnx")
     part: str = setting("planner", "planner (the whole decision), or policy (without planning)")
     out: str | None = setting(
@@ -424,13 +594,14 @@ class ExportConfig:
 class BenchmarkConfig:
     """A measurement of how long a decision and an update take."""
 
-    model: AgentConfig = setting(AgentConfig, "agent preset: default, or paper (as published)")
-    task: str = setting("cartpole-swingup", "the task whose observations and actions to use")
     checkpoint: str | None = setting(
         None,
-        "a pruned or fitted agent to measure beside its dense parent with the published planner "
-        "budget, in place of a new agent's decisions and updates",
+        f"{RUN_OR_CHECKPOINT}, to measure beside its dense parent with the published planner "
+        "budget; null measures a new agent's decisions and updates",
+        positional=True,
     )
+    task: str = setting("cartpole-swingup", "the task whose observations and actions to use")
+    model: AgentConfig = setting(AgentConfig, "the new agent", choices=MODELS)
     episodes: int = setting(
         20, "episodes that both of them play; 0 quotes the parent's return on file"
     )
@@ -448,6 +619,14 @@ class BenchmarkConfig:
             require(value >= 1, f"{name}={value} must be at least 1")
         require(self.episodes >= 0, f"episodes={self.episodes} cannot be negative")
         check_machine(self.device, self.threads)
+
+    def idle(self, given: Sequence[str]) -> Idle | None:
+        """A given setting without effect."""
+        if self.checkpoint:
+            name = among(given, "environments", "model", "model.")
+            return Idle(name, "with checkpoint=…, which brings its own") if name else None
+        name = among(given, "episodes", "seed")
+        return Idle(name, "without checkpoint=…, whose episodes are played") if name else None
 
 
 def check_machine(device: str, threads: int) -> None:
@@ -528,12 +707,24 @@ STUDIES = {
 class StudyCommand:
     """The whole study, or one of its jobs, or the report of one that was run."""
 
-    study: StudyConfig = setting(StudyConfig, "what is compared: quick, or full")
+    study: StudyConfig = setting(
+        StudyConfig,
+        "what is compared",
+        choices={
+            "full": "four tasks, every arm, five sparsities, five seeds",
+            "quick": "one task, six arms, two sparsities, two seeds, small networks",
+        },
+    )
     job: int | None = setting(None, "number of the one job to run; null runs all, and reports")
     report: str | None = setting(
         None,
         "results.csv of a study: nothing is run, its tables and pictures are made again beside it",
     )
+
+    def idle(self, given: Sequence[str]) -> Idle | None:
+        """A given setting without effect."""
+        name = among(given, "study", "study.", "job")
+        return Idle(name, "with report=…, which runs nothing") if name and self.report else None
 
 
 COMMANDS = {

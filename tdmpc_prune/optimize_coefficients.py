@@ -159,9 +159,9 @@ def compare(config: CompareCoefficientsConfig) -> tuple[list[Row], str]:
         UserError: see `search` and `load_subject`.
     """
     rows, score = [], ""
-    total = len(config.checkpoints) * len(ARMS) * len(config.sparsities)
+    total = len(config.checkpoint) * len(ARMS) * len(config.sparsities)
     with tqdm(total=total, desc="comparing", unit="cut") as bar:
-        for checkpoint in config.checkpoints:
+        for checkpoint in config.checkpoint:
             prune = replace(config.prune, compare=True)
             subject = load_subject(checkpoint, prune, config.episodes, config.seed, config.threads)
             score = subject.score

@@ -16,7 +16,10 @@ from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.surgery import commit
 from tdmpc_prune.training import Trainer
 
-_OF_AGENTS = {"env_steps", "device", "eval_episodes"}
+_OF_AGENTS = {
+    *("env_steps", "device", "eval_episodes"),
+    *("prune.eval_episodes", "prune.gather_episodes"),
+}
 _OF_AUTOENCODERS = {"updates"}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from tdmpc_prune.compression import check
 from tdmpc_prune.config import TrainConfig, from_plain, to_plain
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning_steps import parent_dir
-from tdmpc_prune.signals import Stopped
+from tdmpc_prune.settings import typed
 from tdmpc_prune.training import Trainer
 from tdmpc_prune.words import counted, mean_and_std
 
@@ -60,7 +59,11 @@ def resume(config: TrainConfig, given: list[str]) -> Trainer:
         UserError: there is no such run, it is damaged, or a setting may not change.
     """
     run_dir = Path(config.resume)
-    saved = from_plain(TrainConfig, read_run(run_dir))
+    settings = read_run(run_dir)
+    if "task" not in settings:
+        own = typed("train_autoencoder.py", resume=run_dir)
+        raise UserError(f"'{run_dir}' is the run of an autoencoder; go on with: {own}")
+    saved = from_plain(TrainConfig, settings)
     for name in given:
         if name not in _MAY_CHANGE_ON_RESUME:
             raise UserError(
@@ -90,12 +93,14 @@ def _begun(trainer: Trainer) -> Trainer:
 
 
 def finish(trainer: Trainer) -> None:
-    """Run to the end and say what came of it; a stop by a signal exits with 128 + its number."""
-    try:
-        evaluation = trainer.run()
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        raise SystemExit(128 + stopped.signal_number) from stopped
+    """Run to the end and say what came of it. Raises: see `Trainer.run`."""
+    began = trainer.progress.env_steps, trainer.progress.history, trainer.learner.updates
+    evaluation = trainer.run()
+    ended = trainer.progress.env_steps, trainer.log.history, trainer.learner.updates
+    if began == ended:
+        done = trainer.progress.env_steps
+        longer = typed("train.py", resume=trainer.run_dir, env_steps=2 * done)
+        print(f"the run is finished: it has its {done} env steps; make it longer with: {longer}")
     pruned = ""
     if trainer.course:
         pruned = (
@@ -112,6 +117,6 @@ def finish(trainer: Trainer) -> None:
         f"{agent_report.times_table(trainer.times)}\n"
         f"{pruned}"
         f"everything is in   {trainer.run_dir}\n"
-        f"evaluate it with   python scripts/evaluate.py checkpoint={trainer.run_dir}\n"
+        f"evaluate it with   {typed('evaluate.py', checkpoint=trainer.run_dir)}\n"
         f"compare runs with  tensorboard --logdir runs"
     )

@@ -27,10 +27,12 @@ from tdmpc_prune.agent.replay import Episode, SequenceReplay
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.checkpoint import (
     SavedAgent,
+    check_newest,
     checkpoint_dir,
     load_agent,
     load_agents,
     load_training,
+    owned,
     save_agent,
     save_checkpoint,
     write_agent,
@@ -47,6 +49,7 @@ from tdmpc_prune.evaluation import (
 from tdmpc_prune.pruning.course import Course
 from tdmpc_prune.run_log import Averages, RunLog
 from tdmpc_prune.runtime import choose_device, set_threads
+from tdmpc_prune.settings import typed
 from tdmpc_prune.signals import Stopped, StopRequest
 from tdmpc_prune.words import counted, mean_and_std
 
@@ -128,6 +131,7 @@ class Trainer:
             self.course = agent_course(config, self.progress.env_steps, self.learner)
         self._stop_request = StopRequest()
         self._averages = Averages()
+        self._loaded: Path | None = None  # the checkpoint that it goes on from
         self.log: RunLog | None = None
 
     @property
@@ -141,10 +145,16 @@ class Trainer:
             name: of the run, see `RunLog`.
 
         Raises:
+            UserError: another process is at work in the run's folder, or was since it was loaded.
             Stopped: a signal came; the state is saved.
             RunError: a loss is not finite (the state before it is saved), the task fails again
                 and again (likewise), or saving failed.
         """
+        with owned(self.run_dir):
+            check_newest(self.run_dir, self._loaded)
+            return self._run_owned()
+
+    def _run_owned(self) -> Evaluation:
         self.log = RunLog(
             self.run_dir,
             self.progress.env_steps,
@@ -174,7 +184,7 @@ class Trainer:
         except OSError as error:
             raise RunError(
                 f"writing to '{self.run_dir}' failed: {error.strerror}; the newest checkpoint "
-                f"is whole, go on with resume={self.run_dir}"
+                f"is whole, go on with: {typed('train.py', resume=self.run_dir)}"
             ) from error
         finally:
             self.log.close()
@@ -570,6 +580,7 @@ class Trainer:
         Raises:
             UserError: it is damaged, or is no run's state.
         """
+        self._loaded = folder
         agent = load_agent(folder)
         training, files = load_training(folder)
         if training["device"] != self.device.type:
@@ -688,7 +699,7 @@ class Trainer:
         self.save()
         raise Stopped(
             f"stopped by {self._stop_request.name} at {self.progress.env_steps} env steps; "
-            f"go on with: python scripts/train.py resume={self.run_dir}",
+            f"go on with: {typed('train.py', resume=self.run_dir)}",
             self._stop_request.number,
         )
 

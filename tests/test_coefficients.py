@@ -225,8 +225,9 @@ def test_a_search_is_not_judged_by_what_it_chose_from(trained, kind):
 @pytest.mark.parametrize("method", ["gradient", "grid", "uniform"])
 def test_coefficients_are_found_saved_and_carried_out(trained, tmp_path, kind, method):
     arguments = [f"checkpoint={trained / kind}", f"method={method}", "sparsity=0.5"]
-    arguments += ["tolerance=0.05", "budget=8", "steps=30", "fine_tuning=20", "episodes=1"]
+    arguments += ["tolerance=0.05", "fine_tuning=20", "episodes=1"]
     arguments += ["prune.gather_updates=3", "out=plan.json"]
+    arguments += {"grid": ["budget=8"], "gradient": ["steps=30"]}.get(method, [])
     done = run("optimize_coefficients.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "plan.result.json"]
@@ -268,7 +269,7 @@ def test_wrong_input_is_one_line(tmp_path, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["checkpoints=[]"], "checkpoints=[] names none"),
+        (["checkpoint=[]"], "checkpoint=[] names none"),
         (["checkpoints=[.]", "sparsities=[0.5,1.5]"], "sparsity=1.5 must lie in (0, 1)"),
         (["checkpoints=[.]", "threads=0"], "threads=0 must be at least 1"),
         (["checkpoints=[.]", "episodes=0"], "episodes=0 must be at least 1"),

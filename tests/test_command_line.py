@@ -1,12 +1,26 @@
 """The commands as a person types them: help, results, and one line for wrong input."""
 
 import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from tests.commands import SMALL, run
+from tdmpc_prune.checkpoint import checkpoint_dir
+from tdmpc_prune.settings import typed
+from tests.commands import ROOT, SMALL, run, run_process
 
 
 @pytest.mark.parametrize(
@@ -28,7 +42,42 @@ from tests.commands import SMALL, run
         (["prune=nothing"], "prune=nothing is not a choice"),
         (["device=tpu"], "device=tpu must be auto, cpu or cuda"),
         (["resume=nowhere"], "'nowhere' is not the folder of a run"),
-        (["seed"], "missing EQUAL"),
+        (["seed"], "seed has no value: a setting is given as name=value, seed=1"),
+        (["cartpole-swingup"], "write task=cartpole-swingup"),
+        (["bayesian"], "write prune=bayesian"),
+        ([""], "an argument is empty"),
+        (["seed=1,2"], "seed=1,2 is several values: add -m"),
+        (["task=a,b"], """quote it: 'task="a,b"'"""),
+        (["env_steps=1.5"], "env_steps=1.5: Value '1.5'"),
+        (["--seed=3"], "settings have no dashes; write seed=3"),
+        (["--foo"], "--foo is no option"),
+        (["--cfg"], "write --cfg job"),
+        (["+seed=1"], "write seed=1, without '+'"),
+        (["~seed"], "without '~'"),
+        (["seed="], "seed= has no value; the default is 1"),
+        (["prune="], "prune= has no value; the choices are none, bayesian"),
+        (["prune={a: 1}"], "prune={a: 1} is not a choice"),
+        (["prune=bayesian", "prune=none"], "prune=… is given twice"),
+        (["prune=bayesian", "prune.protect=latent"], "write 'prune.protect=[latent]'"),
+        (["prune=bayesian", "prune.protect=a,b"], "write 'prune.protect=[a,b]'"),
+        (["prune=bayesian", "prune.protect=[a"], "write 'prune.protect=[a]'"),
+        (["prune=bayesian", "prune.min_widths=16"], "write 'prune.min_widths={<name>: 16}'"),
+        (["seed=(1"], "could not be converted to Integer"),
+        (["seed=${foo}"], "Interpolation key 'foo' not found"),
+        (["seed=${"], "could not be converted"),
+        (["model.network=3"], "model.network is a group of settings"),
+        (["hydra/launcher=nolauncher"], "the choices are basic, joblib"),
+        (["hydra.launcher.n_jobs=[1"], "brackets and quotes come in pairs"),
+        (["=3"], "unknown setting ''"),
+        (["sparsity=0.9"], "did you mean prune=bayesian prune.sparsity=0.9?"),
+        (["prune=bayesian", "sparsity=0.9"], "did you mean prune.sparsity=0.9?"),
+        (["prune.sparsity=0.9"], "prune.sparsity=0.9 has no effect without prune=…; add prune=bay"),
+        (["prune=none", "prune.protect=[latent]"], "prune.protect=[latent] has no effect without"),
+        (["prune=bayesian", "prune.gather_updates=3"], "has no effect in a run from scratch"),
+        (["prune=bayesian", "prune.eval_episodes=20"], "above eval_episodes=10; add eval_episodes"),
+        (["prune=bayesian", "prune.plan=p", "prune.steps=3"], "has no effect with prune.plan=…"),
+        (["prune=bayesian", "prune.steps=1", "prune.shape=cubic"], "with prune.steps=1"),
+        (["prune=random", "prune.compare=false", "prune.memory=0.5"], "prune.compare=false"),
     ],
 )
 def test_wrong_input_is_one_line_and_nothing_starts(tmp_path, arguments, message):
@@ -37,6 +86,112 @@ def test_wrong_input_is_one_line_and_nothing_starts(tmp_path, arguments, message
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and message in lines[0], done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train_autoencoder.py", ["data.dir=x"], "has no effect with data=digits"),
+        (
+            "train_autoencoder.py",
+            ["prune=random", "prune.eval_episodes=2"],
+            "has no effect in this",
+        ),
+        (
+            "prune.py",
+            ["x", "explain=p.json", "run_dir=r"],
+            "run_dir=r has no effect with explain=…",
+        ),
+        ("prune.py", ["x", "explain=p.json", "prune.steps=2"], "has no effect with explain=…"),
+        ("evaluate.py", ["x", "y"], "'y' is one checkpoint too many"),
+        ("evaluate.py", ["x", "checkpoint=y"], "'x' is one checkpoint too many"),
+        ("evaluate.py", ["x", "viewer=true", "episodes=2"], "has no effect with viewer=true"),
+        ("evaluate.py", ["runs/a=b c"], "checkpoint 'runs/a=b c' does not exist"),
+        ("fit.py", ["x", "env_steps=0", "prune.steps=3"], "has no effect where nothing is cut"),
+        ("groups.py", ["x", "task=b"], "task=b has no effect with checkpoint=…"),
+        ("benchmark.py", ["seed=3"], "seed=3 has no effect without checkpoint=…"),
+        ("benchmark.py", ["x", "model=paper"], "model has no effect with checkpoint=…"),
+        ("optimize_coefficients.py", ["x", "budget=3"], "add method=grid"),
+        ("compare_coefficients.py", ["x", "prune.method=taylor"], "has no effect in this command"),
+        ("sensitivity.py", ["x", "prune.sparsity=0.3"], "has no effect in this command"),
+        ("study.py", ["report=x", "job=3"], "job=3 has no effect with report=…"),
+        ("study.py", ["hydra/launcher=nolauncher"], "the choices are basic, joblib"),
+        ("study.py", ["quick"], "write study=quick"),
+        ("importance.py", ["checkpoint=x"], "'x' has no history of importance"),
+    ],
+)
+def test_what_other_commands_refuse_is_one_line(tmp_path, script, arguments, message):
+    done = run(script, *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0], done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("typed_as", "value"),
+    [("env_steps=1e5", 100_000), ("env_steps=100_000", 100_000), ("run_dir=runs/a b=c", "runs/a b=c"),
+     ("run_dir=runs/ä", "runs/ä"), ("run_dir=1e5", "1e5"), ("run_dir=a(b)", "a(b)"),
+     ('run_dir="a b"', "a b"), ("run_dir=null", None), ("run_dir=~/x#1", "~/x#1")],
+)  # fmt: skip
+def test_values_are_taken_as_they_are_meant(tmp_path, typed_as, value):
+    done = run("train.py", "--cfg", "job", typed_as, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)[typed_as.split("=")[0]] == value
+
+
+def test_a_study_shows_its_settings(tmp_path):
+    done = run("study.py", "--cfg", "job", "study=quick", cwd=tmp_path)
+    assert done.returncode == 0 and "out: studies/quick" in done.stdout
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(exclude_characters="\0\r", exclude_categories=["Cs"]), min_size=1))
+def test_printed_commands_are_read_back_as_they_were_meant(value):
+    _, _, word = shlex.split(typed("train.py", resume=value))
+    read = OverridesParser.create().parse_override(word).value()
+    assert read.replace(r"\${", "${") == value
+
+
+@pytest.mark.parametrize("name", ["a=b c", "Übung 'x' \"y\"", "[1, 2]", "1e5"])
+def test_printed_commands_can_be_pasted(tmp_path, name):
+    done = run("train.py", *SMALL, f"run_dir={name}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("evaluate it with")]
+    _, script, *arguments = shlex.split(line.removeprefix("evaluate it with"))
+    done = run(Path(script).name, *arguments, "episodes=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert run("evaluate.py", name, "episodes=1", cwd=tmp_path).returncode == 0
+
+
+def test_help_begins_with_what_matters_most_in_100_columns(tmp_path):
+    done = run("train.py", "--help", cwd=tmp_path)
+    names = re.findall(r"^  ([a-z_]+)=", done.stdout, re.MULTILINE)
+    assert names[:5] == ["task", "prune", "seed", "env_steps", "run_dir"]
+    assert "    prune=taylor" in done.stdout and "    model=paper" in done.stdout
+    assert "python scripts/train.py task=cartpole-swingup prune=bayesian" in done.stdout
+    for script in sorted((ROOT / "scripts").glob("*.py")):
+        if script.name not in ("compare.py", "run_exported.py"):
+            done = run(script.name, "--help", cwd=tmp_path)
+            assert max(map(len, done.stdout.splitlines())) <= 100
+            assert "Examples:" in done.stdout
+
+
+def test_output_that_nobody_reads_or_that_cannot_be_shown_is_no_traceback(tmp_path):
+    command = f"{sys.executable} {ROOT / 'scripts/train.py'} --help"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | true; {command} | head -n 1"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == "" and done.stdout.startswith("Train a TD-MPC agent")
+    for arguments in (["--help"], ["task=cartpöle"], ["ä=1"]):
+        done = run_process("train.py", *arguments, cwd=tmp_path, PYTHONIOENCODING="ascii")
+        assert "Traceback" not in done.stderr and done.returncode == (
+            2 if "=" in arguments[0] else 0
+        )
 
 
 @pytest.mark.parametrize(
@@ -55,8 +210,8 @@ def test_help_documents_every_setting(tmp_path, script, setting):
     done = run(script, "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert setting in done.stdout
-    settings = [line for line in done.stdout.splitlines() if line.startswith("  ")]
-    assert all(len(line.split(maxsplit=1)) == 2 for line in settings)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert all(len(line.split(maxsplit=1)) == 2 for line in rows)
     assert "MISSING" not in done.stdout and "object at" not in done.stdout
     if script == "prune.py":
         assert "prune.end=0.6" in done.stdout and "prune.sparsity=0.9" in done.stdout
@@ -103,6 +258,61 @@ def test_sweeps(tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/gym-tests.synthetic-Reach-v0/none"
     assert sorted(path.name for path in folder.iterdir()) == ["seed1", "seed2"]
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_sweep_goes_on_past_a_job_that_fails(tmp_path, launcher):
+    more = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+    assert run("train.py", *SMALL, "seed=1", cwd=tmp_path).returncode == 0
+    done = run("train.py", "-m", *SMALL, "seed=1,2", *more, cwd=tmp_path)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert "error: 1 of 2 jobs failed: seed=1: 'runs/" in last and "already holds a run" in last
+    assert checkpoint_dir(tmp_path / "runs/gym-tests.synthetic-Reach-v0/none/seed2").exists()
+    done = run("train.py", "-m", *SMALL, "seed=3,4", "prune.steps=3", cwd=tmp_path)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: 2 of 2 jobs failed: seed=3, seed=4: prune.steps=3 has no effect")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_signal_stops_a_whole_sweep_and_all_jobs_save(tmp_path, launcher, number, code):
+    arguments = ["env_steps=100000", "eval_every=100000"]
+    if launcher == "joblib":
+        arguments += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts/train.py"), "-m", *SMALL, "seed=1,2,3", *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    folder = tmp_path / "runs/gym-tests.synthetic-Reach-v0/none"
+    seeds = [1, 2] if launcher == "joblib" else [1]
+    deadline = time.monotonic() + 120
+    for seed in seeds:
+        history = folder / f"seed{seed}/history.jsonl"
+        while not history.exists() or len(history.read_text().splitlines()) < 3:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code and "Traceback" not in errors, errors
+    assert sorted(path.name for path in folder.iterdir()) == [f"seed{seed}" for seed in seeds]
+    for seed in seeds:
+        assert (checkpoint_dir(folder / f"seed{seed}") / "training.json").exists()
+
+
+def test_a_swept_choice_may_leave_settings_without_effect_in_one_job(tmp_path):
+    done = run(
+        "train.py", "-m", *SMALL, "prune=none,random", "prune.min_width=2", "prune.round_to=1",
+        "prune.sparsity=0.5", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_benchmark(tmp_path):

@@ -101,7 +101,7 @@ def test_as_typed_from_a_run_of_an_agent(tmp_path):
     ("arguments", "message"),
     [
         (["run=nowhere"], "'nowhere' has no history of importance; only pruning runs have one"),
-        ([], "run=… is needed"),
+        ([], "checkpoint=… is needed"),
     ],
 )
 def test_wrong_input_is_one_line(tmp_path, arguments, message):

@@ -665,14 +665,14 @@ def test_commands_train_prune_groups(tmp_path):
     shutil.rmtree(tmp_path / "runs")
     run("train.py", *SMALL, cwd=tmp_path)
     dense = tmp_path / "runs/gym-tests.synthetic-Reach-v0/none/seed1"
-    settings = ["prune.min_width=2", "prune.round_to=1", "prune.gather_updates=3", "device=cpu"]
-    settings += [f"checkpoint={dense}", "prune.max_return_drop=10"]
-    done = run("prune.py", *settings, "explain=plan.json", cwd=tmp_path)
+    settings = ["prune.gather_updates=3", "device=cpu", f"checkpoint={dense}"]
+    floors = ["prune.min_width=2", "prune.round_to=1"]
+    done = run("prune.py", *settings, *floors, "explain=plan.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "| all " in done.stdout and "nothing was cut" in done.stdout
     done = run(
         "prune.py", *settings, "prune.plan=plan.json", "env_steps=40", "eval_episodes=2",
-        cwd=tmp_path,
+        "prune.max_return_drop=10", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "are left (sparsity 0.9" in done.stdout

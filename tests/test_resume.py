@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import pytest
 import torch
 
 from tdmpc_prune import runs
-from tdmpc_prune.checkpoint import checkpoint_dir, load_tensors
+from tdmpc_prune.checkpoint import checkpoint_dir, load_tensors, owned
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.signals import Stopped
 from tdmpc_prune.training import EVALUATION_SEED
+from tests.commands import run
 from tests.small import AGENT, small_config
 from tests.synthetic import Reach
 
@@ -202,6 +204,60 @@ def test_other_settings_cannot_change_on_resume(whole_run):
     config = small_config(run_dir, resume=str(run_dir), seed=5)
     with pytest.raises(UserError, match="seed cannot change"):
         runs.resume(config, ["resume", "seed"])
+
+
+def test_two_processes_never_work_in_one_folder(tmp_path):
+    process = command(tmp_path, "env_steps=100000")
+    wait_for_line(tmp_path / "run/history.jsonl", 6)
+    before = len((tmp_path / "run/history.jsonl").read_text().splitlines())
+    done = run("train.py", f"resume={tmp_path / 'run'}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: another process is at work in")
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+    assert len((tmp_path / "run/history.jsonl").read_text().splitlines()) >= before
+    resume(tmp_path / "run")  # what a killed process left behind blocks nobody
+    with owned(tmp_path / "run"):
+        pass
+
+
+def test_one_of_two_that_start_at_once_gets_the_folder(tmp_path):
+    both = [command(tmp_path, "env_steps=60") for _ in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], errors
+    evaluations = [line for line in history(tmp_path / "run") if line["kind"] == "evaluation"]
+    assert len(evaluations) == 1
+
+
+def test_a_run_that_another_process_went_on_with_is_not_taken_back(tmp_path):
+    runs.start(small_config(tmp_path / "run", env_steps=120), []).run()
+    late = resume(tmp_path / "run")
+    longer = small_config(tmp_path / "run", resume=str(tmp_path / "run"), env_steps=200)
+    runs.resume(longer, ["resume", "env_steps"]).run()
+    with pytest.raises(UserError, match="another process went on"):
+        late.run()
+
+
+def test_a_finished_run_says_so_and_how_to_go_on(whole_run, tmp_path):
+    shutil.copytree(whole_run[0], tmp_path / "a run")
+    done = run("train.py", "resume=a run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the run is finished: it has its 200 env steps" in done.stdout
+    assert """train.py 'resume="a run"' env_steps=400""" in done.stdout
+    assert_same_run(whole_run[0], tmp_path / "a run")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(whole_run, tmp_path, monkeypatch):
+    shutil.copytree(whole_run[0], tmp_path / "run")
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tdmpc_prune.run_log.SummaryWriter", refused)
+    done = run("train.py", "resume=run", "env_steps=300", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: 'run' cannot be written: Permission denied"
 
 
 def test_a_run_is_never_overwritten(whole_run):

@@ -1,6 +1,8 @@
 """Checkpoints: what is saved comes back; damage, strangers and full disks are refused by name."""
 
 import json
+import os
+import re
 import resource
 import shutil
 import subprocess
@@ -130,6 +132,36 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
         load_agent(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         load_agent(tmp_path / "nowhere")
+
+
+def test_a_wrong_level_says_what_can_be_given(copy):
+    newest = checkpoint_dir(copy)
+    for wrong, right in (
+        (copy.parent, copy),
+        (copy / "checkpoints", newest),
+        (newest / "agent.json", newest),
+        (copy / "agents" / "step-9", copy),
+        (copy / "history.jsonl", copy),
+    ):
+        with pytest.raises(UserError) as error:
+            load_agent(wrong)
+        assert re.search(rf"there (is|are) .*{re.escape(str(right))}\b", str(error.value))
+    with pytest.raises(UserError, match=rf"it lies in {copy}"):
+        runs.resume(small_config(copy, resume=str(newest)), ["resume"])
+    with pytest.raises(UserError, match=rf"there is {copy}"):
+        runs.resume(small_config(copy, resume=str(copy.parent)), ["resume"])
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_files_can_be_read_by_whom_the_umask_lets(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        runs.start(small_config(tmp_path / "run", env_steps=60), []).run()
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "run").rglob("*"):
+        mode = 0o777 if path.is_dir() else 0o666
+        assert path.stat().st_mode & 0o777 == mode & ~mask, path
 
 
 def test_a_crash_during_a_save_leaves_the_checkpoint_before(copy, monkeypatch):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tdmpc_prune.settings import require, setting
+from tdmpc_prune.settings import Idle, among, require, setting
 
 GRADIENT_METRICS = ("bayesian", "fisher", "fisher_increase", "gradient", "taylor")
 METRICS = (*GRADIENT_METRICS, "magnitude", "random")
 SHAPES = ("cosine", "linear", "cubic")
 ALLOCATIONS = ("global", "balanced", "uniform")
+_OF_PLANS = (  # what a plan on file has decided
+    *("sparsity", "start", "end", "steps", "shape", "allocation"),
+    *("min_width", "min_widths", "round_to", "budgets", "protect"),
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,9 @@ class PruneConfig:
     gather_episodes: int = setting(
         10, "episodes played for that first if the agent comes without a replay buffer"
     )
-    plan: str | None = setting(None, "a saved plan to carry out, as the only cut, at start")
+    plan: str | None = setting(
+        None, "a saved plan to carry out, as the only cut, when the run starts"
+    )
 
     def __post_init__(self):
         choices = (("method", ("none", *METRICS)), ("shape", SHAPES), ("allocation", ALLOCATIONS))
@@ -84,6 +91,22 @@ class PruneConfig:
             require(0 <= value <= 1, f"prune.budgets: {component}={value} must lie in [0, 1]")
         for name, value in self.min_widths.items():
             require(value >= 1, f"prune.min_widths: {name}={value} must be at least 1")
+
+    def idle(self, given: Sequence[str]) -> Idle | None:
+        """One of the given settings, by its name on the command line, that has no effect."""
+        if self.plan:
+            names = (n for field in _OF_PLANS for n in (f"prune.{field}", f"prune.{field}."))
+            if name := among(given, *names):
+                return Idle(name, "with prune.plan=…, which is carried out as it is")
+        if "prune.shape" in given and self.steps == 1:
+            return Idle("prune.shape", "with prune.steps=1")
+        gathered = ("prune.smoothing", "prune.memory", "prune.confidence")
+        if not self.compare and self.method not in GRADIENT_METRICS:
+            if name := among(given, *gathered):
+                return Idle(name, f"with prune={self.method} and prune.compare=false")
+        elif not self.compare and self.method != "bayesian" and gathered[2] in given:
+            return Idle(gathered[2], f"with prune={self.method} and prune.compare=false")
+        return None
 
     @property
     def tracked(self) -> tuple[str, ...]:
