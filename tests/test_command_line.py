@@ -130,8 +130,9 @@ def test_what_other_commands_refuse_is_one_line(tmp_path, script, arguments, mes
 
 @pytest.mark.parametrize(
     ("typed_as", "value"),
-    [("env_steps=1e5", 100_000), ("env_steps=100_000", 100_000), ("run_dir=runs/a b=c", "runs/a b=c"),
-     ("run_dir=runs/ä", "runs/ä"), ("run_dir=1e5", "1e5"), ("run_dir=a(b)", "a(b)"),
+    [("env_steps=1e5", 100_000), ("env_steps=100_000", 100_000),
+     ("run_dir=runs/a b=c", "runs/a b=c"), ("run_dir=runs/ä", "runs/ä"),
+     ("run_dir=1e5", "1e5"), ("run_dir=a(b)", "a(b)"),
      ('run_dir="a b"', "a b"), ("run_dir=null", None), ("run_dir=~/x#1", "~/x#1")],
 )  # fmt: skip
 def test_values_are_taken_as_they_are_meant(tmp_path, typed_as, value):
