@@ -152,9 +152,9 @@ class Trainer:
         """
         with owned(self.run_dir):
             check_newest(self.run_dir, self._loaded)
-            return self._run_owned()
+            return self._run_owned(name)
 
-    def _run_owned(self) -> Evaluation:
+    def _run_owned(self, name: str) -> Evaluation:
         self.log = RunLog(
             self.run_dir,
             self.progress.env_steps,
