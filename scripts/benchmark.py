@@ -3,13 +3,13 @@
 import json
 from dataclasses import asdict
 
-from tdmpc_prune.benchmark import benchmark, gain
-from tdmpc_prune.checkpoint import load_agent, load_parent
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import BenchmarkConfig
+from tdmpc_prune.deploy.benchmark import benchmark, gain
+from tdmpc_prune.deploy.config import BenchmarkConfig
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.files import write_file
-from tdmpc_prune.runtime import choose_device, set_threads
+from tdmpc_prune.machine import choose_device, set_threads
+from tdmpc_prune.saving.agents import load_agent, load_parent
+from tdmpc_prune.saving.files import write_file
 from tdmpc_prune.words import counted
 
 

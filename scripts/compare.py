@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from tdmpc_prune import compare
+from tdmpc_prune.analysis import compare
 from tdmpc_prune.command_line import console
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.files import write_file
+from tdmpc_prune.saving.files import write_file
 from tdmpc_prune.words import narrowed
 
 

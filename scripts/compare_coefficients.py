@@ -1,10 +1,10 @@
 """Compare ways to choose how much to prune from each group. `--help` lists every setting."""
 
-from tdmpc_prune import optimize_coefficients as coefficients
+from tdmpc_prune.analysis import coefficients as coefficients
+from tdmpc_prune.analysis.config import CompareCoefficientsConfig
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import CompareCoefficientsConfig
-from tdmpc_prune.files import check_folder, write_file
-from tdmpc_prune.runtime import set_threads
+from tdmpc_prune.machine import set_threads
+from tdmpc_prune.saving.files import check_folder, write_file
 
 
 def main(config: CompareCoefficientsConfig, given: list[str]) -> None:

@@ -3,12 +3,14 @@
 import sys
 from pathlib import Path
 
-from tdmpc_prune import agent_report, playing
-from tdmpc_prune.checkpoint import command_line, load_agent, load_parent
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import EvaluateConfig
+from tdmpc_prune.deploy import card as agent_report
+from tdmpc_prune.deploy import playing
+from tdmpc_prune.deploy.config import EvaluateConfig
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.runtime import choose_device, set_threads
+from tdmpc_prune.machine import choose_device, set_threads
+from tdmpc_prune.saving.agents import load_agent, load_parent
+from tdmpc_prune.saving.run_folder import command_line
 from tdmpc_prune.words import narrowed
 
 

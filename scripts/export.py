@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from tdmpc_prune.checkpoint import load_agent
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import ExportConfig
-from tdmpc_prune.export import CHECKED, export
-from tdmpc_prune.runtime import set_threads
+from tdmpc_prune.deploy.config import ExportConfig
+from tdmpc_prune.deploy.export import CHECKED, export
+from tdmpc_prune.machine import set_threads
+from tdmpc_prune.saving.agents import load_agent
 from tdmpc_prune.settings import typed
 
 

@@ -3,12 +3,14 @@
 import sys
 from dataclasses import replace
 
-from tdmpc_prune import fit, prune_checkpoint, runs
-from tdmpc_prune.checkpoint import command_line
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import FitConfig
+from tdmpc_prune.deploy import fit
+from tdmpc_prune.deploy.config import FitConfig
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.runtime import set_threads
+from tdmpc_prune.machine import set_threads
+from tdmpc_prune.saving.run_folder import command_line
+from tdmpc_prune.training import launch as runs
+from tdmpc_prune.training import prune_checkpoint
 from tdmpc_prune.words import narrowed
 
 

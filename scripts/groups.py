@@ -2,10 +2,10 @@
 
 import json
 
+from tdmpc_prune.analysis.config import GroupsConfig
+from tdmpc_prune.analysis.groups import agent_groups
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.compression import agent_groups
-from tdmpc_prune.config import GroupsConfig
-from tdmpc_prune.files import write_file
+from tdmpc_prune.saving.files import write_file
 from tdmpc_prune.words import narrowed
 
 

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from tdmpc_prune import importance_history
-from tdmpc_prune.checkpoint import beside, run_folder
+from tdmpc_prune.analysis.config import ImportanceConfig
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import ImportanceConfig
-from tdmpc_prune.files import check_folder, png, write_file
+from tdmpc_prune.saving.files import check_folder, png, write_file
+from tdmpc_prune.saving.run_folder import beside, run_folder
+from tdmpc_prune.training import importance_history
 
 
 def main(config: ImportanceConfig, given: list[str]) -> None:

@@ -4,12 +4,12 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from tdmpc_prune.checkpoint import beside
+from tdmpc_prune.analysis.coefficients import optimize, text
+from tdmpc_prune.analysis.config import CoefficientsConfig
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import CoefficientsConfig
-from tdmpc_prune.files import check_folder, write_file
-from tdmpc_prune.optimize_coefficients import optimize, text
-from tdmpc_prune.runtime import set_threads
+from tdmpc_prune.machine import set_threads
+from tdmpc_prune.saving.files import check_folder, write_file
+from tdmpc_prune.saving.run_folder import beside
 
 
 def main(config: CoefficientsConfig, given: list[str]) -> None:

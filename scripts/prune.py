@@ -2,9 +2,9 @@
 
 import sys
 
-from tdmpc_prune import prune_checkpoint
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import PruneCheckpointConfig
+from tdmpc_prune.training import prune_checkpoint
+from tdmpc_prune.training.config import PruneCheckpointConfig
 
 
 def main(config: PruneCheckpointConfig, given: list[str]) -> None:

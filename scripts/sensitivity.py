@@ -2,11 +2,11 @@
 
 import json
 
-from tdmpc_prune import sensitivity
-from tdmpc_prune.checkpoint import beside
+from tdmpc_prune.analysis import sensitivity
+from tdmpc_prune.analysis.config import SensitivityConfig
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import SensitivityConfig
-from tdmpc_prune.files import check_folder, write_file
+from tdmpc_prune.saving.files import check_folder, write_file
+from tdmpc_prune.saving.run_folder import beside
 
 
 def main(config: SensitivityConfig, given: list[str]) -> None:

@@ -1,8 +1,8 @@
 """Run a whole study of pruning methods, and report it. `--help` lists every setting."""
 
-from tdmpc_prune import study
+from tdmpc_prune.analysis import study
+from tdmpc_prune.analysis.config import StudyCommand
 from tdmpc_prune.command_line import run_sweeps
-from tdmpc_prune.config import StudyCommand
 
 
 def job(command: StudyCommand, given: list[str]) -> None:

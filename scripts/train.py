@@ -2,9 +2,9 @@
 
 import sys
 
-from tdmpc_prune import runs
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import TrainConfig
+from tdmpc_prune.training import launch as runs
+from tdmpc_prune.training.config import TrainConfig
 
 
 def train(config: TrainConfig, given: list[str]) -> None:

@@ -2,9 +2,9 @@
 
 import sys
 
-from tdmpc_prune import autoencoder_training
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import AutoencoderConfig
+from tdmpc_prune.training import autoencoder as autoencoder_training
+from tdmpc_prune.training.config import AutoencoderConfig
 
 
 def train(config: AutoencoderConfig, given: list[str]) -> None:

@@ -16,22 +16,39 @@ from dataclasses import dataclass
 from typing import Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from envs import DisplayError, TaskError
-from tdmpc_prune import config as configuration
+from tdmpc_prune.agent.config import PRESETS
+from tdmpc_prune.analysis.config import (
+    STUDIES,
+    CoefficientsConfig,
+    CompareCoefficientsConfig,
+    GroupsConfig,
+    ImportanceConfig,
+    SensitivityConfig,
+    StabilityConfig,
+    StudyCommand,
+)
 from tdmpc_prune.arguments import Arguments, Settings
+from tdmpc_prune.autoencoder.config import DATA, DataConfig
+from tdmpc_prune.deploy.config import BenchmarkConfig, EvaluateConfig, ExportConfig, FitConfig
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.help_text import help_text
+from tdmpc_prune.pruning.config import METRICS, PruneConfig
+from tdmpc_prune.settings import _overridable
 from tdmpc_prune.signals import Stopped, shared_stop
+from tdmpc_prune.training.config import AutoencoderConfig, PruneCheckpointConfig, TrainConfig
 
 _FOR_PEOPLE = (
     *(UserError, TaskError, DisplayError, RunError),
     *(HydraException, OmegaConfBaseException),
 )
+
 Function = Callable[[Any, list[str]], None]
 
 
@@ -79,12 +96,12 @@ def run_sweeps(
 
 def _command(name: str, function: Function, run: Callable[[Arguments], None]) -> None:
     """What all commands have in common, around `run`."""
-    known, typed = Settings(configuration.COMMANDS[name]), sys.argv[1:]
+    known, typed = Settings(COMMANDS[name]), sys.argv[1:]
     with console():
         if {"--help", "-h"} & set(typed):
             print(help_text(name, known, function.__doc__ or ""))
             return
-        configuration.register()
+        register()
         try:
             arguments = Arguments.of(typed, known)
             with hydra.initialize_config_module(
@@ -229,3 +246,38 @@ def sweep(name: str, arguments: Arguments, function: Function) -> None:
     codes = [outcome.code for outcome in outcomes] + ([128 + stop.number] if stop.number else [])
     if any(codes):
         raise SystemExit(max(codes))
+
+
+COMMANDS = {
+    "train": TrainConfig,
+    "train_autoencoder": AutoencoderConfig,
+    "prune": PruneCheckpointConfig,
+    "groups": GroupsConfig,
+    "evaluate": EvaluateConfig,
+    "fit": FitConfig,
+    "optimize_coefficients": CoefficientsConfig,
+    "compare_coefficients": CompareCoefficientsConfig,
+    "sensitivity": SensitivityConfig,
+    "stability": StabilityConfig,
+    "importance": ImportanceConfig,
+    "study": StudyCommand,
+    "export": ExportConfig,
+    "benchmark": BenchmarkConfig,
+}
+
+GROUPS = {
+    "model": PRESETS,
+    "study": STUDIES,
+    "data": {name: DataConfig(name) for name in DATA},
+    "prune": {method: PruneConfig(method=method) for method in ("none", *METRICS)},
+}
+
+
+def register() -> None:
+    """Tell Hydra of the commands' settings and of the choices for `model=` and `prune=`."""
+    store = ConfigStore.instance()
+    for name, schema in COMMANDS.items():
+        store.store(name=f"{name}_settings", node=_overridable(schema))
+    for group, choices in GROUPS.items():
+        for name, choice in choices.items():
+            store.store(group=group, name=name, node=_overridable(choice))

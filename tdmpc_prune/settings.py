@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tdmpc_prune.errors import UserError
 
@@ -95,3 +99,55 @@ def typed(script: str, *arguments: str, **settings: Any) -> str:
         for name, value in settings.items()
     ]
     return shlex.join(["python", f"scripts/{script}", *arguments, *values])
+
+
+RUN_OR_CHECKPOINT = "a run's folder (its newest checkpoint), or a checkpoint"
+
+
+def check_machine(device: str, threads: int) -> None:
+    """Refuse a device or thread count that cannot be."""
+    require(device in ("auto", "cpu", "cuda"), f"device={device} must be auto, cpu or cuda")
+    require(threads >= 1, f"threads={threads} must be at least 1")
+
+
+def _overridable(config: Any) -> DictConfig:
+    """OmegaConf makes frozen dataclasses read-only; a command line has to override them."""
+    node = OmegaConf.structured(config)
+
+    def thaw(part: DictConfig) -> None:
+        OmegaConf.set_readonly(part, False)
+        if not dataclasses.is_dataclass(OmegaConf.get_type(part)):
+            OmegaConf.set_struct(part, False)  # a plain dict takes any key
+        for key in part:
+            if OmegaConf.is_dict(part._get_node(key)):
+                thaw(part[key])
+
+    thaw(node)
+    return node
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A configuration as nested dicts of JSON types."""
+    return dataclasses.asdict(config)
+
+
+def by_dotted_name(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level: `{"model.planner.samples": 256, …}`."""
+    flat: dict[str, Any] = {}
+    for name, value in plain.items():
+        nested = isinstance(value, dict) and value
+        flat |= by_dotted_name(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat
+
+
+def from_plain(schema: type, values: dict[str, Any]) -> Any:
+    """The configuration that `to_plain` wrote.
+
+    Raises:
+        UserError: a setting is unknown here or of the wrong type, and which.
+    """
+    try:
+        merged = OmegaConf.merge(_overridable(schema), OmegaConf.create(values))
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{schema.__name__}: {str(error).splitlines()[0]}") from error

@@ -12,18 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdmpc_prune import autoencoder_training as training
 from tdmpc_prune.autoencoder.config import LearningConfig, NetworkConfig
 from tdmpc_prune.autoencoder.data import load_images, read_idx
 from tdmpc_prune.autoencoder.learner import AutoencoderLearner
 from tdmpc_prune.autoencoder.model import Autoencoder, Widths, psnr
-from tdmpc_prune.config import AutoencoderConfig
 from tdmpc_prune.errors import UserError
+from tdmpc_prune.pruning.allocation import make_plan
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
-from tdmpc_prune.pruning.plan import make_plan
 from tdmpc_prune.pruning.surgery import commit, kept_units
-from tdmpc_prune.run_log import read_history
+from tdmpc_prune.saving.run_folder import read_history
+from tdmpc_prune.training import autoencoder as training
+from tdmpc_prune.training.config import AutoencoderConfig
 from tests.commands import run
 
 PRUNE = PruneConfig(

@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from tdmpc_prune import autoencoder_training, runs
-from tdmpc_prune.autoencoder_training import load_autoencoder
-from tdmpc_prune.checkpoint import load_agent
-from tdmpc_prune.components import tag
+from tdmpc_prune.analysis.subject import load_subject
 from tdmpc_prune.errors import UserError
+from tdmpc_prune.prunable import Computation, tag
 from tdmpc_prune.pruning import coefficients as soft
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.surgery import commit
-from tdmpc_prune.pruning.tracing import Computation
-from tdmpc_prune.run_log import read_history
-from tdmpc_prune.subject import load_subject
+from tdmpc_prune.saving.agents import load_agent
+from tdmpc_prune.saving.autoencoders import load_autoencoder
+from tdmpc_prune.saving.run_folder import read_history
+from tdmpc_prune.training import autoencoder as autoencoder_training
+from tdmpc_prune.training import launch as runs
 from tests.commands import run
 from tests.pruning_zoo import Agent, computation, losses, make_data
 from tests.small import small_config

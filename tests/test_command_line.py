@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from tdmpc_prune.checkpoint import checkpoint_dir
+from tdmpc_prune.saving.run_folder import checkpoint_dir
 from tdmpc_prune.settings import typed
 from tests.commands import ROOT, SMALL, run, run_process
 

@@ -8,7 +8,7 @@ import json
 import pytest
 from matplotlib.figure import Figure
 
-from tdmpc_prune import compare
+from tdmpc_prune.analysis import compare
 from tdmpc_prune.errors import UserError
 from tests.commands import run
 

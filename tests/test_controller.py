@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from tdmpc_prune.agent.config import AgentConfig, PlannerConfig
+from tdmpc_prune.agent.controller import Controller, ObservationError
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.evaluation import Controller, ObservationError
 
 CONFIG = AgentConfig(planner=PlannerConfig(horizon=2, iterations=1, samples=16, elites=4))
 LAYOUT = [{"name": "position", "size": 3}, {"name": "velocity", "size": 2}]

@@ -12,12 +12,13 @@ import onnxruntime
 import pytest
 import torch
 
-from tdmpc_prune import export as exporting
+from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.config import AgentConfig, PlannerConfig
 from tdmpc_prune.agent.planner import PlannerNoise, drawn, first_means, plan
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.checkpoint import SavedAgent, load_agent, save_agent
+from tdmpc_prune.deploy import export as exporting
 from tdmpc_prune.errors import RunError, UserError
+from tdmpc_prune.saving.agents import load_agent, save_agent
 from tests.commands import ROOT, run
 
 POLICY = "cartpole-swingup-policy.onnx"
@@ -34,7 +35,7 @@ def agent():
         parameter.data = torch.randn(parameter.shape, generator=generator) / 2
     config = replace(AgentConfig(), planner=PLANNER)
     provenance = {"seed": 1, "env_steps": 0, "decisions": 0, "updates": 0}
-    return SavedAgent(model, config, "cartpole-swingup", 8, provenance)
+    return Agent(model, config, "cartpole-swingup", 8, provenance)
 
 
 @pytest.fixture(scope="module")

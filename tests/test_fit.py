@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdmpc_prune import fit, runs
+from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.config import PRESETS, PlannerConfig
-from tdmpc_prune.checkpoint import SavedAgent, load_agent
-from tdmpc_prune.config import FitConfig
+from tdmpc_prune.deploy import fit
+from tdmpc_prune.deploy.config import FitConfig
 from tdmpc_prune.evaluation import Evaluation
+from tdmpc_prune.saving.agents import load_agent
+from tdmpc_prune.training import launch as runs
 from tests.commands import run
 from tests.small import pruning_config
 
@@ -86,7 +88,7 @@ def test_the_frontier_is_what_nothing_beats(pairs):
 def search_with(returns, monkeypatch, confirmed_ms=4.0, **settings):
     """A search among made-up networks; `returns` maps a network's name to its return."""
     config = replace(PRESETS["default"], planner=PlannerConfig(samples=64))
-    agents = {name: SavedAgent(name, config, "x", 1, {}) for name in returns}
+    agents = {name: Agent(name, config, "x", 1, {}) for name in returns}
     monkeypatch.setattr(fit, "agent_size", lambda *_: {"parameters": 1, "sparsity": 0.0})
 
     def times(*pairs, repeats):
@@ -148,7 +150,7 @@ def test_candidates_are_confirmed_in_turn(monkeypatch):
         return [[4.0]] * len(pairs)
 
     config = replace(PRESETS["default"], planner=PlannerConfig(samples=64))
-    agents = {name: SavedAgent(name, config, "x", 1, {}) for name in "abc"}
+    agents = {name: Agent(name, config, "x", 1, {}) for name in "abc"}
     monkeypatch.setattr(fit, "agent_size", lambda *_: {"parameters": 1, "sparsity": 0.0})
     monkeypatch.setattr(fit, "decision_milliseconds", times)
     monkeypatch.setattr(fit.playing, "measure", lambda _, n, seed: Evaluation([99.0] * n, n, 1.0))

@@ -11,9 +11,9 @@ from torch import distributions, nn
 from torch.nn import functional as F
 
 from tdmpc_prune.errors import UserError
+from tdmpc_prune.pruning.allocation import make_plan
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
-from tdmpc_prune.pruning.plan import make_plan
 from tdmpc_prune.pruning.rules import _runs
 from tests.test_groups import cut, one
 

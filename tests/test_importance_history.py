@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from tdmpc_prune import importance_history, runs
+from tdmpc_prune.training import importance_history
+from tdmpc_prune.training import launch as runs
 from tests.commands import run
 from tests.small import pruning_config
 

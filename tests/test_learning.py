@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tdmpc_prune import runs
-from tdmpc_prune.config import TrainConfig
 from tdmpc_prune.pruning.config import PruneConfig
+from tdmpc_prune.training import launch as runs
+from tdmpc_prune.training.config import TrainConfig
 from tests.small import AGENT, PRUNE, small_config
 from tests.synthetic import REACH_OPTIMUM
 

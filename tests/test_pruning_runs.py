@@ -11,23 +11,22 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tdmpc_prune import prune_checkpoint, pruning_report, run_log, runs
+from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.world_model import Widths
-from tdmpc_prune.checkpoint import (
-    SavedAgent,
-    checkpoint_dir,
-    load_agent,
-    load_training,
-    save_agent,
-)
-from tdmpc_prune.config import AutoencoderConfig, PruneCheckpointConfig, to_plain
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.evaluation import Evaluation
 from tdmpc_prune.pruning.config import METRICS
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.surgery import SurgeryError
-from tdmpc_prune.run_log import read_history
+from tdmpc_prune.saving.agents import load_agent, save_agent
+from tdmpc_prune.saving.run_folder import checkpoint_dir, load_training, read_history
+from tdmpc_prune.settings import to_plain
 from tdmpc_prune.signals import Stopped
+from tdmpc_prune.training import launch as runs
+from tdmpc_prune.training import log as run_log
+from tdmpc_prune.training import prune_checkpoint
+from tdmpc_prune.training import report as pruning_report
+from tdmpc_prune.training.config import AutoencoderConfig, PruneCheckpointConfig
 from tests.commands import REACH, SMALL, run
 from tests.small import PRUNE, pruning_config, small_config
 from tests.test_resume import Killed, assert_same_run
@@ -502,7 +501,7 @@ def test_one_cut_without_recovery_changes_no_weight_that_stays(dense, tmp_path):
 
 def test_an_agent_without_its_buffer_plays_episodes_first(dense, tmp_path):
     agent = load_agent(dense)
-    save_agent(tmp_path / "shipped", SavedAgent(**vars(agent)))
+    save_agent(tmp_path / "shipped", Agent(**vars(agent)))
     config = finished(tmp_path / "shipped", tmp_path / "run")
     trainer = prune_checkpoint.start(config, [])
     trainer.run()
@@ -513,7 +512,7 @@ def test_an_agent_without_its_buffer_plays_episodes_first(dense, tmp_path):
 
 @pytest.mark.parametrize("explained", [False, True])
 def test_an_agent_without_its_buffer_can_be_cut_once_or_explained(dense, tmp_path, explained):
-    save_agent(tmp_path / "shipped", SavedAgent(**vars(load_agent(dense))))
+    save_agent(tmp_path / "shipped", Agent(**vars(load_agent(dense))))
     path = str(tmp_path / "plan.json") if explained else None
     config = finished(tmp_path / "shipped", tmp_path / "run", env_steps=0, explain=path)
     config = replace(config, prune=replace(config.prune, steps=1, max_return_drop=0.0))

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tdmpc_prune import runs
-from tdmpc_prune.checkpoint import checkpoint_dir, load_tensors, owned
 from tdmpc_prune.errors import RunError, UserError
+from tdmpc_prune.saving.files import load_tensors
+from tdmpc_prune.saving.run_folder import checkpoint_dir, owned
 from tdmpc_prune.signals import Stopped
-from tdmpc_prune.training import EVALUATION_SEED
+from tdmpc_prune.training import launch as runs
+from tdmpc_prune.training.agent import EVALUATION_SEED
 from tests.commands import run
 from tests.small import AGENT, small_config
 from tests.synthetic import Reach

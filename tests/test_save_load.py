@@ -14,11 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdmpc_prune import runs
+from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.checkpoint import SavedAgent, checkpoint_dir, load_agent, save_agent
-from tdmpc_prune.components import component_parameters
 from tdmpc_prune.errors import RunError, UserError
+from tdmpc_prune.prunable import component_parameters
+from tdmpc_prune.saving.agents import load_agent, save_agent
+from tdmpc_prune.saving.run_folder import checkpoint_dir
+from tdmpc_prune.training import launch as runs
 from tests.small import AGENT, small_config
 
 width = st.integers(1, 9)
@@ -42,7 +44,7 @@ def test_any_widths_come_back(tmp_path_factory, widths):
     folder = tmp_path_factory.mktemp("agent")
     model = WorldModel(widths)
     assert model.widths == widths
-    save_agent(folder / "agent", SavedAgent(model, AGENT, "cartpole-swingup", 8, {"seed": 3}))
+    save_agent(folder / "agent", Agent(model, AGENT, "cartpole-swingup", 8, {"seed": 3}))
     loaded = load_agent(folder / "agent")
     assert loaded.model.widths == widths
     assert loaded.config == AGENT

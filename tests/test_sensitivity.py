@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdmpc_prune import autoencoder_training, runs, sensitivity
+from tdmpc_prune.analysis import sensitivity
+from tdmpc_prune.analysis.sensitivity import RANDOM, RANKED, Loss, Removal
+from tdmpc_prune.analysis.subject import Score
 from tdmpc_prune.pruning.config import PruneConfig
-from tdmpc_prune.sensitivity import RANDOM, RANKED, Loss, Removal
-from tdmpc_prune.subject import Score
+from tdmpc_prune.training import autoencoder as autoencoder_training
+from tdmpc_prune.training import launch as runs
 from tests.commands import run
 from tests.small import small_config
 from tests.test_autoencoder import small as autoencoder_config

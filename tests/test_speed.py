@@ -12,7 +12,7 @@ from tdmpc_prune.agent.config import PRESETS
 from tdmpc_prune.agent.learner import Learner
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.benchmark import _filled_replay
+from tdmpc_prune.deploy.benchmark import _filled_replay
 from tests.reference import PlainLearner, plan_one
 
 

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from scipy.stats import beta
 
 from envs import TaskError, disturb, make_env
-from tdmpc_prune import runs, stability
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.checkpoint import load_agent
-from tdmpc_prune.config import StabilityConfig
-from tdmpc_prune.stability import Episodes, Judged, Rate, Stability, Target
+from tdmpc_prune.analysis import stability
+from tdmpc_prune.analysis.config import StabilityConfig
+from tdmpc_prune.analysis.stability import Episodes, Judged, Rate, Stability, Target
+from tdmpc_prune.saving.agents import load_agent
+from tdmpc_prune.training import launch as runs
 from tests.commands import run
 from tests.small import pruning_config, small_config
 

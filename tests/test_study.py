@@ -16,11 +16,11 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdmpc_prune import study, study_report
-from tdmpc_prune.checkpoint import load_agent
-from tdmpc_prune.config import ARMS, STUDIES, StudyCommand
+from tdmpc_prune.analysis import study, study_report
+from tdmpc_prune.analysis.config import ARMS, STUDIES, StudyCommand
+from tdmpc_prune.analysis.study_report import Result
 from tdmpc_prune.errors import RunError, UserError
-from tdmpc_prune.study_report import Result
+from tdmpc_prune.saving.agents import load_agent
 from tests.commands import ROOT, run
 from tests.small import AGENT
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tdmpc_prune.errors import UserError
+from tdmpc_prune.prunable import Computation
 from tdmpc_prune.pruning.groups import find_groups
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.surgery import SurgeryError, commit
-from tdmpc_prune.pruning.tracing import Computation
 from tests.pruning_zoo import Agent, NormedLinear, Stacked, computation, exclude, losses, make_data
 
 

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.config import AgentConfig, PlannerConfig
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.checkpoint import SavedAgent, save_agent
+from tdmpc_prune.saving.agents import save_agent
 from tests.commands import ROOT, run
 
 needs_xvfb = pytest.mark.skipif(
@@ -37,7 +38,7 @@ def agents(tmp_path_factory):
     ):
         widths = Widths(observation, 1, 4, (8,), (8, 8), (8, 8), (8, 8), ((8, 8),))
         model = WorldModel(widths, torch.Generator().manual_seed(0))
-        agent = SavedAgent(model, AgentConfig(planner=PLANNER), task, repeat, provenance)
+        agent = Agent(model, AgentConfig(planner=PLANNER), task, repeat, provenance)
         save_agent(folder / name, agent)
     return folder
 

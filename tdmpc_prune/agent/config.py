@@ -154,3 +154,8 @@ PRESETS = {
         learning=LearningConfig(seed_decisions=5_000, batch=512),
     ),
 }
+
+MODELS = {
+    "default": "128 wide, 256 samples: for one CPU core",
+    "paper": "as published, 512 wide and 512 samples",
+}

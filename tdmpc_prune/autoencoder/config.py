@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tdmpc_prune.settings import require, setting
 
 KINDS = ("convolutional", "connected")
+
 DATA = ("digits", "mnist")
 
 
@@ -55,3 +56,6 @@ class LearningConfig:
             self.learning_rate > 0,
             f"learning.learning_rate={self.learning_rate} must be positive",
         )
+
+
+IMAGES = {"digits": "8 × 8, ship with scikit-learn", "mnist": "28 × 28, from data.dir"}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tdmpc_prune.components import tag
+from tdmpc_prune.prunable import tag
 
 _STRIDE = 2  # of every convolution, which halves the sides
 

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from tdmpc_prune.settings import Idle, among, require, setting
 
 GRADIENT_METRICS = ("bayesian", "fisher", "fisher_increase", "gradient", "taylor")
+
 METRICS = (*GRADIENT_METRICS, "magnitude", "random")
+
 SHAPES = ("cosine", "linear", "cubic")
+
 ALLOCATIONS = ("global", "balanced", "uniform")
+
 _OF_PLANS = (  # what a plan on file has decided
     *("sparsity", "start", "end", "steps", "shape", "allocation"),
     *("min_width", "min_widths", "round_to", "budgets", "protect"),
@@ -112,3 +116,16 @@ class PruneConfig:
     def tracked(self) -> tuple[str, ...]:
         """The metrics that are computed."""
         return METRICS if self.compare else (self.method,)
+
+
+RANKINGS = {
+    "bayesian": "upper credible bound of the energy of gradient × weight",
+    "fisher": "squared gradients",
+    "fisher_increase": "squared gradient × weight: what a removal would change",
+    "gradient": "absolute gradients",
+    "taylor": "absolute gradient × weight",
+    "magnitude": "norm of the weights",
+    "random": "chance, to compare with",
+}
+
+METHODS = {"none": "nothing is cut, the networks stay dense"} | RANKINGS

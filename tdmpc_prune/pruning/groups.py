@@ -16,10 +16,10 @@ from tabulate import tabulate
 from torch import nn
 
 from tdmpc_prune.errors import UserError
+from tdmpc_prune.prunable import Computation
 from tdmpc_prune.pruning.sizes import attribute_sizes
 from tdmpc_prune.pruning.tracing import (
     OUTSIDE,
-    Computation,
     Count,
     Fixed,
     Number,

@@ -18,16 +18,11 @@ import torch
 from torch import Tensor
 
 from tdmpc_prune.errors import UserError
+from tdmpc_prune.prunable import Computation
 from tdmpc_prune.pruning.groups import Structure, difference, find_groups, numbers_at, size_of
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.sizes import attribute_sizes
-from tdmpc_prune.pruning.tracing import (
-    Computation,
-    in_one_line,
-    numbers_in,
-    owners,
-    without_data,
-)
+from tdmpc_prune.pruning.tracing import in_one_line, numbers_in, owners, without_data
 
 
 class SurgeryError(RuntimeError):

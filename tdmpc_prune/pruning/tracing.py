@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,27 +30,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tdmpc_prune.errors import UserError
+from tdmpc_prune.prunable import Computation
 from tdmpc_prune.pruning.rules import Labels, UnknownOperation, find_rule
 
 OUTSIDE = 0  # the node of everything that is not ours to cut
+
 _TO_BE_FILLED = {"zeros", "ones", "full", "empty"}  # operations that make a tensor
-
-
-@dataclass(frozen=True)
-class Computation:
-    """What is traced.
-
-    Attributes:
-        networks: named modules whose parts carry component tags. The first is the one that is
-            counted; the others follow it (a target network).
-        run: gets copies of them on the meta device, does with them everything that the program
-            does, and returns what leaves it: outputs, but no latents.
-        cost: does what is to be counted, such as one decision; None counts nothing.
-    """
-
-    networks: dict[str, nn.Module]
-    run: Callable[[dict[str, nn.Module]], Any]
-    cost: Callable[[dict[str, nn.Module]], Any] | None = None
 
 
 @dataclass(frozen=True)
