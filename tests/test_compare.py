@@ -78,7 +78,9 @@ def test_points_are_the_last_settled_measurement_of_each_network(folders):
 def test_table_csv_and_picture(folders):
     done = run("compare.py", str(folders), "--out", "here", cwd=folders)
     assert done.returncode == 0, done.stderr
-    above, _, below = done.stdout.partition("The path of pruning:")
+    assert max(map(len, done.stdout.splitlines())) <= 120
+    above = (folders / "here.md").read_text().partition("The path of pruning:")[0]
+    below = done.stdout.partition("The path of pruning:")[2]
     (row,) = [line for line in above.splitlines() if "| bayesian" in line and "500" in line]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells == [
@@ -206,7 +208,9 @@ def test_the_path_of_pruning_is_shown(tmp_path):
     write_run(tmp_path / "dense", "none", 1, [evaluation(300, [850.0], **DENSE)])
     done = run("compare.py", ".", "--out", "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = done.stdout.partition("The path of pruning:")[2].strip().splitlines()[2:4]
+    assert max(map(len, done.stdout.splitlines())) <= 120
+    written = (tmp_path / "here.md").read_text()
+    rows = written.partition("The path of pruning:")[2].strip().splitlines()[2:4]
     cells = [[cell.strip() for cell in row.split("|")[2:-1]] for row in rows]
     end = ["0.900", "300", "100"]
     assert cells == [

@@ -1,8 +1,10 @@
 """Watching an agent: MuJoCo's viewer in a real window under Xvfb, and films."""
 
 import contextlib
+import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -13,11 +15,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.config import AgentConfig, PlannerConfig
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.saving.agents import save_agent
+from tdmpc_prune.deploy import playing
+from tdmpc_prune.deploy.playing import Frame, _texts
+from tdmpc_prune.saving.agents import load_agent, save_agent
 from tests.commands import ROOT, run
 
 needs_xvfb = pytest.mark.skipif(
@@ -191,6 +196,51 @@ def test_an_agent_plays_a_hundred_frames_in_the_viewer(agents, agent):
     lines = out.splitlines()
     assert int(lines[-1].split()[0]) >= 100, out
     assert len(lines) >= 3  # two episodes and the count
+
+
+# Deciding takes longer than the time that is shown.
+_SLOW = """
+import time
+from envs import Viewer, make_env
+env = make_env("cartpole-swingup", 1)
+env.reset(seed=0)
+shown = []
+with Viewer(env) as viewer:
+    set_texts = viewer._handle.set_texts
+    viewer._handle.set_texts = lambda texts: (shown.append(texts), set_texts(texts))
+    for _ in range(60):
+        env.step(env.action_space.sample())
+        time.sleep(0.04)
+        viewer.show(0.01, {"a text": "of the test"})
+    speed = shown[-1][3].splitlines()[-1]
+    print(viewer.real_speed, shown[-1][1].name, speed, flush=True)
+"""
+
+
+@needs_xvfb
+def test_the_speed_shown_is_the_real_one():
+    with xvfb() as (display, _):
+        out, errors = viewing(display, "-c", _SLOW).communicate(timeout=120)
+    assert out, errors
+    measured, place, shown = out.strip().split(" ", 2)
+    assert place == "mjGRID_BOTTOMRIGHT"  # F1's help fills the left
+    assert 0.001 < float(measured) <= 0.26 and shown == f"1 x (real {float(measured):.2g} x)"
+
+
+def test_few_words_are_shown_beside_the_robot():
+    texts = _texts(Frame(1000, 987.65, 103.26, False), 0.01, 80)
+    assert texts == {"return": "987.6 after 10.0 s", "decision": "103.3 of 80 ms"}
+
+
+def test_filming_says_what_takes_long(agents, tmp_path, monkeypatch):
+    if not can_draw():
+        pytest.skip("nothing can be drawn offscreen here (no EGL)")
+    shown = io.StringIO()
+    bar = {"disable": False, "file": shown, "mininterval": 0}
+    monkeypatch.setattr(playing, "tqdm", lambda **given: tqdm(**given | bar))
+    playing.record(load_agent(agents / "gym"), 1, 0, tmp_path / "out.mp4")
+    pattern = r"filming episode 1 of 1: [1-9].*deciding \d+ s, drawing \d+ s"
+    assert re.search(pattern, shown.getvalue())
 
 
 @needs_xvfb

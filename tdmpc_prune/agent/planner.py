@@ -106,10 +106,12 @@ def plan(
         return (config.policy_noise * standard_normal).clamp(-clip, clip)
 
     # Policy trajectories: the same in every iteration, so their values are, too.
-    policy_actions, policy_latents = follow_policy(model, latents, policy_noise(noise.policy))
-    policy_values = sequence_values(
-        model, policy_latents, policy_actions, policy_noise(noise.policy_ends), discount
-    )
+    policy_actions, policy_values = [], []
+    if config.policy_samples:
+        followed, visited = follow_policy(model, latents, policy_noise(noise.policy))
+        ends = policy_noise(noise.policy_ends)
+        policy_actions = [followed]
+        policy_values = [sequence_values(model, visited, followed, ends, discount)]
 
     # Warm start: the previous mean, one decision later.
     mean = torch.cat([previous_means[1:], torch.zeros_like(previous_means[:1])])[:horizon]
@@ -121,8 +123,8 @@ def plan(
         # Sample action sequences and value them, together with the policy's.
         samples = (mean.unsqueeze(2) + std.unsqueeze(2) * normal).clamp(-1, 1)
         values = sequence_values(model, model.rollout(start, samples), samples, ends, discount)
-        actions = torch.cat([samples, policy_actions], dim=2)  # [H, E, N + P, A]
-        values = torch.cat([values, policy_values], dim=1).nan_to_num(0.0)  # [E, N + P]
+        actions = torch.cat([samples, *policy_actions], dim=2)  # [H, E, N + P, A]
+        values = torch.cat([values, *policy_values], dim=1).nan_to_num(0.0)  # [E, N + P]
         all_values.append(values)
 
         # Elites and their scores.

@@ -18,6 +18,8 @@ from tdmpc_prune.agent.controller import Controller
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.evaluation import Evaluation, check_sizes, evaluate
 
+_FILMING = "{desc}: {n_fmt} env steps [{elapsed}{postfix}]"
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -124,10 +126,10 @@ def record(agent: Agent, episodes: int, seed: int, path: Path) -> Evaluation:
     env.reset(seed=seed)
     with (
         Film(path, env, step_seconds) as film,
-        tqdm(unit=" env steps", leave=False, dynamic_ncols=True, disable=None) as bar,
+        tqdm(bar_format=_FILMING, leave=False, dynamic_ncols=True, disable=None) as bar,
     ):
         for i in range(episodes):
-            bar.set_description(f"filming episode {i + 1} of {episodes}")
+            bar.set_description_str(f"filming episode {i + 1} of {episodes}")
             for frame in episode(controller, env, agent.action_repeat, seed + i):
                 if (frame.env_steps - 1) % agent.action_repeat == 0:
                     decisions += 1
