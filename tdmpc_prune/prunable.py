@@ -7,11 +7,12 @@ attribute `component`. Nothing here knows what the components do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def tag(module: nn.Module, component: str) -> nn.Module:
@@ -53,3 +54,22 @@ class Computation:
     networks: dict[str, nn.Module]
     run: Callable[[dict[str, nn.Module]], Any]
     cost: Callable[[dict[str, nn.Module]], Any] | None = None
+
+
+GradientHook = Callable[[str, Sequence[tuple[str, nn.Parameter]]], None]
+
+
+class Learner(Protocol):
+    """What learns, and is pruned meanwhile.
+
+    A hook in `gradient_hooks` is called as `hook(loss, parameters)` after each backward pass and
+    before the optimiser's step, with the loss's name and the named parameters that it trains.
+    """
+
+    model: nn.Module  # the network that is counted
+    optimisers: dict[str, torch.optim.Optimizer]
+    gradient_hooks: list[GradientHook]
+    updates: int  # so far
+
+    def state(self) -> dict[str, Tensor]:
+        """All that it needs to go on, but the model's weights."""

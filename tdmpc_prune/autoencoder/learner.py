@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdmpc_prune.autoencoder.model import Autoencoder
+from tdmpc_prune.errors import NonFiniteLoss
 
 _LOSS = "reconstruction_loss"
 
@@ -32,16 +34,24 @@ class AutoencoderLearner:
         """One update on images `[B, 1, H, W]`; returns the loss.
 
         `learn=False` changes nothing: only the hooks see the gradients.
+
+        Raises:
+            NonFiniteLoss: before any weight has changed by it.
         """
         self.optimisers[_LOSS].zero_grad()
         loss = F.mse_loss(self.model(images), images)
         loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for _, p in self._named])
+        value = loss.item()
+        for term, found in (("reconstruction loss", value), ("gradient norm", norm.item())):
+            if not math.isfinite(found):
+                raise NonFiniteLoss(term, found)
         for hook in self.gradient_hooks:
             hook(_LOSS, self._named)
         if learn:
             self.optimisers[_LOSS].step()
             self.updates += 1
-        return loss.item()
+        return value
 
     def state(self) -> dict[str, Tensor]:
         """The optimiser's moments, by the names of their parameters."""

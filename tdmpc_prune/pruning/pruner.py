@@ -6,19 +6,18 @@ return, an autoencoder's PSNR). Time is counted in the unit of the schedule.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 from scipy.stats import spearmanr
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.prunable import Computation
+from tdmpc_prune.prunable import Computation, Learner
 from tdmpc_prune.pruning.allocation import make_plan
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
@@ -31,15 +30,17 @@ _LEAST_GAIN = 0.01  # sparsity that a smaller cut in place of an undone one has 
 _LEVELLED_OFF = 0.05  # a score that rises by less, as a fraction, over its last four evaluations
 
 
-class Learner(Protocol):
-    """What learns, and is pruned meanwhile."""
+@dataclass(frozen=True)
+class RunFacts:
+    """What a pruner has to know of the run that it prunes."""
 
-    model: nn.Module  # the network that is counted
-    optimisers: dict[str, torch.optim.Optimizer]
-    gradient_hooks: list[Callable]  # called between backward pass and optimiser step
-
-    def state(self) -> dict[str, Tensor]:
-        """All that it needs to go on, but the model's weights."""
+    dense: Mapping[str, int]  # component → parameters before anything was cut
+    first: int  # time at which the run starts
+    last: int  # and ends
+    unit: str  # of time, as the setting of the run's length is called: "env_steps", "updates"
+    score: str  # what is measured: "return", "PSNR"
+    seed: int  # of the `random` baseline
+    gather: bool  # gradients have to be gathered first: nothing is learnt before the first cut
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Stage:
     record: dict[str, Any] = field(default_factory=dict)  # of the step in progress
 
 
-class Course:
+class Pruner:
     """The pruning side of a run: decides what is due, and does it to the learner.
 
     Each step is measured, cut, measured, trained for a while, and measured again; if its score has
@@ -71,69 +72,60 @@ class Course:
     """
 
     def __init__(
-        self,
-        config: PruneConfig,
-        learner: Learner,
-        describe: Callable[[Learner], Computation],
-        dense: dict[str, int],
-        span: tuple[int, int],
-        unit: str,
-        score: str,
-        seed: int,
-        gather: bool = False,
+        self, config: PruneConfig, facts: RunFacts, learner: Learner, computation: Computation
     ):
         """Plan the pruning of a run.
 
         Args:
             config: how to prune.
-            learner: to be pruned; a new one is dense.
-            describe: what a learner computes with its networks.
-            dense: component → parameters before anything was cut.
-            span: times at which the run starts and ends.
-            unit: of time, as the setting of the run's length is called: "env_steps", "updates".
-            score: what is measured: "return", "PSNR".
-            seed: of the `random` baseline.
-            gather: gradients have to be gathered first, because nothing will be learnt before the
-                first cut.
+            facts: of the run.
+            learner: to be pruned.
+            computation: all that is done with its networks.
 
         Raises:
             UserError: the schedule does not fit the run, or there is no such plan.
         """
         self.config = config
-        self.dense = dense
-        self.unit = unit
-        self.score = score
-        self._describe = describe
-        self._seed = seed
-        first, self._last = span
+        self.facts = facts
         self._given = Plan.load(Path(config.plan)) if config.plan else None
+        first = facts.first
         if self._given:
             self.schedule = Schedule(first, first, 1, self._given.sparsity, config.shape)
         else:
-            self.schedule = make_schedule(config, first, self._last, unit)
-        self.stage = Stage(phase="gathering" if gather else "waiting")
+            self.schedule = make_schedule(config, first, facts.last, facts.unit)
+        self.stage = Stage(phase="gathering" if facts.gather else "waiting")
         self._before_cut: dict[str, Tensor] = {}
         self._tracker: Tracker | None = None
-        self.attach(learner)
+        self.attach(learner, computation)
 
-    def check(self) -> None:
+    def check(self, first_update: int) -> None:
         """Refuse, before anything is done, what could not be carried out later.
 
+        Args:
+            first_update: time up to which nothing is learnt.
+
         Raises:
-            UserError: floors make the final sparsity unreachable, or the plan does not fit.
+            UserError: floors make the final sparsity unreachable, the plan does not fit, or a cut
+                is due before there is any gradient to rank by.
         """
+        due, unit = self.schedule.time_of(1), self.facts.unit
+        if self.stage.phase == "waiting" and due <= first_update:
+            raise UserError(
+                f"the first cut is due at {due:.0f} {unit.replace('_', ' ')}, but nothing is "
+                f"learnt before {first_update}: raise prune.start or {unit}"
+            )
         if self._given:
             self._given.check(self.structure)
         else:
             self.plan(np.zeros(sum(self.structure.widths.values())), self.config.sparsity)
 
-    def attach(self, learner: Learner) -> None:
+    def attach(self, learner: Learner, computation: Computation) -> None:
         """Find the groups of a learner's networks, and track its gradients."""
         self._learner = learner
-        self._computation = self._describe(learner)
+        self._computation = computation
         self.structure = find_groups(self._computation)
         if self._tracker is None:
-            self._tracker = Tracker(self.structure, learner.model, self.config, self._seed)
+            self._tracker = Tracker(self.structure, learner.model, self.config, self.facts.seed)
         learner.gradient_hooks.append(self._tracker)
 
     # --- What the networks are now ------------------------------------------------------------
@@ -141,7 +133,7 @@ class Course:
     @property
     def sparsity(self) -> float:
         """Fraction of the dense networks' parameters that is gone."""
-        return 1 - sum(self.structure.parameters().values()) / sum(self.dense.values())
+        return 1 - sum(self.structure.parameters().values()) / sum(self.facts.dense.values())
 
     def size(self) -> dict[str, float]:
         """The networks' size, for logs."""
@@ -189,7 +181,7 @@ class Course:
             "method": self.config.method,
             "cuts": stage.kept,
             "dense_score": dense,
-            "dense_parameters": sum(self.dense.values()),
+            "dense_parameters": sum(self.facts.dense.values()),
         } | self.outcome(now)
 
     def outcome(self, now: int) -> dict[str, Any]:
@@ -203,7 +195,7 @@ class Course:
 
     def shortfall(self, now: int) -> str | None:
         """Why the sparsity is below what was asked for; None if it is not."""
-        stage, schedule, unit = self.stage, self.schedule, self.unit.replace("_", " ")
+        stage, schedule, unit = self.stage, self.schedule, self.facts.unit.replace("_", " ")
         if self._reached:
             return None
         if stage.phase != "waiting" or stage.step < schedule.steps:
@@ -216,14 +208,14 @@ class Course:
             last = stage.undone[-1]
             why = (
                 f"cut {last['step']:.0f} (to {last['sparsity']:.3f}) was undone because its "
-                f"{self.score} {last['score']:.4g} stayed below {last['least']:.4g}"
+                f"{self.facts.score} {last['score']:.4g} stayed below {last['least']:.4g}"
             )
         if stage.exhausted or not self._worth_it:
             return f"{why}; a smaller cut would add less than {_LEAST_GAIN} to the sparsity"
         if not schedule.spacing:
             return f"{why}; it was the only one"
         return (
-            f"{why}; {self._last - now} {unit} were left, and a smaller cut needs "
+            f"{why}; {self.facts.last - now} {unit} were left, and a smaller cut needs "
             f"{schedule.spacing:.0f} to recover"
         )
 
@@ -255,7 +247,7 @@ class Course:
         """Whether there is a use and the time for a smaller cut in place of one undone."""
         stage, spacing = self.stage, self.schedule.spacing
         useful = stage.failed is not None and not stage.exhausted and self._worth_it
-        return useful and not self._reached and 0 < spacing <= self._last - now
+        return useful and not self._reached and 0 < spacing <= self.facts.last - now
 
     @property
     def _reached(self) -> bool:
@@ -340,7 +332,7 @@ class Course:
 
     def plan(self, densities: np.ndarray, sparsity: float, strict: bool = True) -> Plan:
         """A plan for the agent as it is. Raises UserError: see `make_plan`."""
-        return make_plan(self.structure, densities, self.config, sparsity, self.dense, strict)
+        return make_plan(self.structure, densities, self.config, sparsity, self.facts.dense, strict)
 
     def next_plan(self, now: int) -> Plan:
         """The cut of the next step, as far as the limits allow; failures are halved towards.
@@ -395,7 +387,7 @@ class Course:
         stage.came_back = False
         stage.record |= {
             "cut_at": now,
-            "until": self.schedule.end_of(stage.step, now, self._last),
+            "until": self.schedule.end_of(stage.step, now, self.facts.last),
             "target": plan.sparsity,
             "widths": plan.widths_after,
         } | self.size()
@@ -407,10 +399,10 @@ class Course:
         self.stage.exhausted = self.stage.step >= self.schedule.steps
         self.stage.phase = "waiting"
 
-    def undo(self, learner: Learner) -> None:
+    def undo(self, learner: Learner, computation: Computation) -> None:
         """Take up `learner`, which was made from `before_cut`, in place of the present one."""
         tracked = self._part("tracker")
-        self.attach(learner)
+        self.attach(learner, computation)
         self._tracker.load_state(tracked, self.structure, learner.model)
         record = self.stage.record
         self.stage.failed = record["sparsity"]
@@ -471,13 +463,13 @@ class Course:
         self.stage = Stage(**values["stage"])
         self.schedule = Schedule(**values["schedule"])
         self._given = Plan.of(values["given"]) if values["given"] else None
-        if self.schedule.end > self._last:
+        if self.schedule.end > self.facts.last:
             raise UserError(
-                f"{self.unit}={self._last} would end the run before its pruning schedule, which "
-                f"goes on to {self.schedule.end:.0f}"
+                f"{self.facts.unit}={self.facts.last} would end the run before its pruning "
+                f"schedule, which goes on to {self.schedule.end:.0f}"
             )
         if "until" in self.stage.record:
-            self.stage.record["until"] = min(self.stage.record["until"], self._last)
+            self.stage.record["until"] = min(self.stage.record["until"], self.facts.last)
         now = {n.removeprefix("now/"): t for n, t in tensors.items() if n.startswith("now/")}
         self._tracker.load_state(now, self.structure, self._learner.model)
         self._before_cut = {n: t for n, t in tensors.items() if not n.startswith("now/")}

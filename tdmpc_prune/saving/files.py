@@ -75,6 +75,17 @@ def save_folder(target: Path, write: Callable[[Path], None]) -> None:
     write_folder(target, write)
 
 
+def copy_networks(source: Path, target: Path) -> None:
+    """Copy networks, without what is needed to go on training, into a new folder: whole or not."""
+
+    def write(part: Path) -> None:
+        for name in ("agent", "autoencoder"):
+            for file in source.glob(f"{name}.*"):
+                shutil.copyfile(file, part / file.name)
+
+    write_folder(target, write)
+
+
 def load_tensors(folder: Path, name: str, sums: dict[str, str]) -> dict[str, Tensor]:
     """The tensors of one safetensors file, checked against its checksum.
 

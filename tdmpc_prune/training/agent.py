@@ -1,68 +1,54 @@
-"""Training an agent on a task: act, store, update, evaluate, save, and go on after a stop.
+"""Training an agent on a task: act, store, update. A `Trainee` of `training/run.py`.
 
-The run is a sequence of small steps (one decision, one update, one evaluation), and everything
-that the next step depends on is in the checkpoint. A run that was stopped or killed therefore goes
-on with the very numbers that it would have had. Only the simulator's state cannot be saved: each
-episode starts from a seed of its own, and an episode in progress is taken up again by executing its
-actions anew. An episode that cannot go on, because its simulator fails or does not repeat itself,
-is broken off like one that ran out of time, and the run goes on.
+Only the simulator's state cannot be saved: each episode starts from a seed of its own, and an
+episode in progress is taken up again by executing its actions anew. An episode that cannot go on,
+because its simulator fails or does not repeat itself, is broken off like one that ran out of time.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from envs import StepError, TaskError, make_env
+from envs import StepError, make_env
 from envs.tasks import default_action_repeat
 from tdmpc_prune.agent.agent import Agent
-from tdmpc_prune.agent.learner import Learner, NonFiniteLoss
+from tdmpc_prune.agent.computation import agent_computation
+from tdmpc_prune.agent.learner import Learner
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan
 from tdmpc_prune.agent.replay import Episode, SequenceReplay
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.deploy import card as agent_report
-from tdmpc_prune.errors import RunError, UserError
-from tdmpc_prune.evaluation import Evaluation, agent_size, check_sizes, evaluate
-from tdmpc_prune.machine import choose_device, set_threads
-from tdmpc_prune.pruning.pruner import Course
-from tdmpc_prune.saving.agents import load_agent, load_agents, save_agent, write_agent
-from tdmpc_prune.saving.run_folder import (
-    check_newest,
-    checkpoint_dir,
-    load_training,
-    owned,
-    save_checkpoint,
-)
-from tdmpc_prune.settings import to_plain, typed
-from tdmpc_prune.signals import Stopped, StopRequest
-from tdmpc_prune.training import report as pruning_report
-from tdmpc_prune.training import run as pruning_steps
-from tdmpc_prune.training.agent_course import agent_course
+from tdmpc_prune.errors import UserError
+from tdmpc_prune.evaluation import EVALUATION_SEED, Evaluation, check_sizes, evaluate
+from tdmpc_prune.machine import choose_device
+from tdmpc_prune.prunable import Computation, component_parameters
+from tdmpc_prune.saving.agents import load_agent, load_agents, write_agent
+from tdmpc_prune.saving.run_folder import RunFolder
+from tdmpc_prune.settings import typed
+from tdmpc_prune.training import report
 from tdmpc_prune.training.config import TrainConfig
 from tdmpc_prune.training.log import Averages, RunLog
 from tdmpc_prune.words import counted, mean_and_std
 
-EVALUATION_SEED = 1_000_000  # the initial states of evaluations are the same in every run
 BROKEN_IN_A_ROW = 3  # episodes, after which a run does not go on
 
 
 @dataclass
 class Progress:
-    """How far a run is."""
+    """How far an agent's training is."""
 
     env_steps: int = 0  # simulator steps of finished episodes
     decisions: int = 0
     episodes: int = 0
     updates_due: float = 0.0  # earned by decisions, not yet made
-    next_evaluation: int = 0  # env steps
-    next_importance: int = 0  # env steps at which importance is logged
     episodes_to_gather: int = 0  # played for the replay buffer alone, not counted as env steps
-    history: int = 0  # lines of the history
     broken_episodes: int = 0
     broken_in_a_row: int = 0
 
@@ -78,19 +64,15 @@ class EpisodeInProgress:
     env_steps: int = 0
 
 
-class Trainer:
-    """One run: `run()` takes it to its end or to a signal."""
+class AgentTraining:
+    """An agent that learns a task."""
 
-    def __init__(self, config: TrainConfig, run_dir: Path):
-        """Set everything up; nothing is written.
+    unit, score = "env_steps", "return"
+    script, learning_rate = "train.py", "model.learning.learning_rate"
 
-        Args:
-            config: settings of the run; not of how it was resumed.
-            run_dir: its folder.
-        """
+    def __init__(self, config: TrainConfig):
+        """A new agent. Raises TaskError: see `envs.make_env`."""
         self.config = config
-        self.run_dir = run_dir
-        set_threads(config.threads)
         self.device = choose_device(config.device)
         agent, learning = config.model, config.model.learning
         self.env = make_env(config.task, config.action_repeat)
@@ -100,8 +82,7 @@ class Trainer:
 
         # Weights are drawn on the CPU, so that they are the same on every device.
         initial = torch.Generator().manual_seed(config.seed)
-        widths = Widths.dense(agent.network, self.observation_width, self.action_width)
-        model = WorldModel(widths, initial).to(self.device)
+        model = WorldModel(self._dense_widths(), initial).to(self.device)
         self.learner = Learner(model, agent.planner, learning)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.rng = np.random.default_rng(config.seed)
@@ -110,140 +91,85 @@ class Trainer:
         if self.device.type == "cuda":  # captured as CUDA graphs
             self._plan = torch.compile(plan, mode="reduce-overhead")
 
-        self.progress = Progress(next_evaluation=min(config.eval_every, config.env_steps))
+        self.progress = Progress()
         self.episode: EpisodeInProgress | None = None
         self._lost: str | None = None  # why the episode in progress cannot be taken up
         self.means = self._first_means()
-        self.commands: list[str] = []  # that led to this agent, its parents' first
-        self.last_evaluation: Evaluation | None = None
-        self.times: agent_report.Times = {}  # of the run's agents, at its end
-        self._evaluated: list[int] | None = None  # updates and cuts of the agent that it is of
-        if config.start_from:
-            self._take_over(checkpoint_dir(config.start_from))
-        self.course: Course | None = None  # of the pruning
-        if config.prune.method != "none":
-            self.course = agent_course(config, self.progress.env_steps, self.learner)
-        self._stop_request = StopRequest()
-        self._averages = Averages()
-        self._loaded: Path | None = None  # the checkpoint that it goes on from
-        self.log: RunLog | None = None
+        self.averages = Averages()
+        around_cuts = min(config.prune.eval_episodes, config.eval_episodes)
+        self.samples = (config.eval_episodes, around_cuts)
 
     @property
     def model(self) -> WorldModel:
         return self.learner.model
 
-    def run(self, name: str = "") -> Evaluation:
-        """Train to the end and return the last evaluation.
-
-        Args:
-            name: of the run, see `RunLog`.
-
-        Raises:
-            UserError: another process is at work in the run's folder, or was since it was loaded.
-            Stopped: a signal came; the state is saved.
-            RunError: a loss is not finite (the state before it is saved), the task fails again
-                and again (likewise), or saving failed.
-        """
-        with owned(self.run_dir):
-            check_newest(self.run_dir, self._loaded)
-            return self._run_owned(name)
-
-    def _run_owned(self, name: str) -> Evaluation:
-        self.log = RunLog(
-            self.run_dir,
-            self.progress.env_steps,
-            self.config.env_steps,
-            self.progress.history,
-            name=name,
-        )
-        self.log.hyperparameters(to_plain(self.config), "return")
-        self.log.say(self._first_line())
-        try:
-            with self._stop_request:
-                if self._lost:
-                    self._end_episode(False, self._lost)
-                while self.step():
-                    if self._stop_request:
-                        self._stop()
-            self._time_agents()
-            if self.course:
-                pruning_steps.conclude(self)
-        except TaskError as error:
-            self.progress.broken_in_a_row = 0  # going on is a new attempt
-            saved = self.save()
-            raise RunError(
-                f"stopped at {self.progress.env_steps} env steps because {error}; the state is "
-                f"saved in {saved}; when the task is mended, go on with resume={self.run_dir}"
-            ) from error
-        except OSError as error:
-            raise RunError(
-                f"writing to '{self.run_dir}' failed: {error.strerror}; the newest checkpoint "
-                f"is whole, go on with: {typed('train.py', resume=self.run_dir)}"
-            ) from error
-        finally:
-            self.log.close()
-            self.env.close()
-        return self.last_evaluation
-
-    def _first_line(self) -> str:
-        """What the run is about to do."""
-        progress, config = self.progress, self.config
+    @property
+    def what(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        since = f" from {progress.env_steps:,}" if progress.env_steps else ""
-        cuts = f"; {pruning_report.announcement(self.course, self.now)}" if self.course else ""
-        return (
-            f"{config.task}: {counted(parameters, 'parameter')} on {self.device.type}"
-            f"{since} to {config.env_steps:,} env steps{cuts}"
-        )
+        return f"{self.config.task}: {counted(parameters, 'parameter')} on {self.device.type}"
 
-    def step(self) -> bool:
-        """The next small step of the run; False once it has reached its end."""
-        progress = self.progress
-        seeded = progress.decisions >= self.config.model.learning.seed_decisions
-        due = self.course.due(progress.env_steps) if self.course else None
-        if self.episode or (due == "gather" and progress.episodes_to_gather):
-            self._decide()
-        elif due == "gather":
-            pruning_steps.gather(self)
-        elif seeded and progress.updates_due >= 1:
-            self._update()
-        elif due == "measure":
-            pruning_steps.measure(self)
-        elif due == "undo":
-            pruning_steps.undo(self)
-        elif progress.env_steps >= progress.next_evaluation:
-            self._evaluate()  # before a cut that is due at the same time
-        elif due == "cut":
-            pruning_steps.cut(self)
-        elif progress.env_steps >= self.config.env_steps:
-            return False
-        else:
-            self._decide()
-        return True
+    @property
+    def now(self) -> int:
+        return self.progress.env_steps
+
+    @property
+    def end(self) -> int:
+        return self.config.env_steps
+
+    @property
+    def first_update(self) -> int:
+        """Env steps before which only random actions are taken."""
+        return self.config.model.learning.seed_decisions * self.action_repeat
+
+    @property
+    def unfinished(self) -> bool:
+        return self.episode is not None
+
+    @property
+    def owes_updates(self) -> bool:
+        seeded = self.progress.decisions >= self.config.model.learning.seed_decisions
+        return seeded and self.progress.updates_due >= 1
+
+    # --- Acting and learning ----------------------------------------------------------------
+
+    def advance(self, log: RunLog) -> float | None:
+        """A decision, or an update if there are some to be made; an episode's return at its end."""
+        if self.episode is None and self.owes_updates:
+            self._update(log)
+            return None
+        return self._decide(log)
 
     def rehearse(self) -> None:
-        """Try the task before anything is written: a reset and a step.
+        """A reset and a step, before anything is written.
 
         Raises:
-            StepError: it cannot be played.
+            StepError: the task cannot be played.
         """
         self.env.reset(seed=self._episode_seed(self.progress.episodes))
         self.env.step(np.zeros(self.action_width, np.float32))
 
-    def _decide(self) -> None:
-        """One decision, and what follows if the episode ends with it."""
+    def _decide(self, log: RunLog) -> float | None:
+        """One decision, and what follows if the episode ends with it.
+
+        Raises:
+            StepError: several episodes in a row could not go on.
+        """
+        if self._lost:
+            return self._end_episode(False, log, self._lost)
         try:
-            self._act()
+            return self._act(log)
         except StepError as error:
             progress = self.progress
-            self._end_episode(False, str(error))
+            self._end_episode(False, log, str(error))
             progress.broken_in_a_row += 1
-            if progress.broken_in_a_row == BROKEN_IN_A_ROW:
-                raise StepError(
-                    f"{BROKEN_IN_A_ROW} episodes in a row could not go on, the last because {error}"
-                ) from error
+            if progress.broken_in_a_row < BROKEN_IN_A_ROW:
+                return None
+            progress.broken_in_a_row = 0  # going on is a new attempt
+            raise StepError(
+                f"{BROKEN_IN_A_ROW} episodes in a row could not go on, the last because {error}"
+            ) from error
 
-    def _act(self) -> None:
+    def _act(self, log: RunLog) -> float | None:
         began = time.perf_counter()
         progress, learning = self.progress, self.config.model.learning
         if self.episode is None:
@@ -263,11 +189,12 @@ class Trainer:
         episode.env_steps = info["env_steps"]
         progress.decisions += 1
         if episode.planned:
-            self._averages.add({"speed/milliseconds per decision": _milliseconds(began)})
-        self.log.progress(progress.env_steps + episode.env_steps)
-        if terminated or truncated:
-            progress.broken_in_a_row = 0
-            self._end_episode(terminated)
+            self.averages.add({"speed/milliseconds per decision": _milliseconds(began)})
+        log.progress(progress.env_steps + episode.env_steps)
+        if not (terminated or truncated):
+            return None
+        progress.broken_in_a_row = 0
+        return self._end_episode(terminated, log)
 
     def _planned_action(self, observation: np.ndarray) -> np.ndarray:
         config, decisions = self.config.model, self.progress.decisions
@@ -289,7 +216,7 @@ class Trainer:
             explore=True,
         )
         self.means = decision.means.clone()
-        self._averages.add(
+        self.averages.add(
             {
                 "planner/std": decision.std.mean().item(),
                 "planner/elite value": decision.value.mean().item(),
@@ -297,11 +224,14 @@ class Trainer:
         )
         return decision.actions[0].cpu().numpy()
 
-    def _end_episode(self, terminated: bool, broken: str | None = None) -> None:
+    def _end_episode(
+        self, terminated: bool, log: RunLog, broken: str | None = None
+    ) -> float | None:
         """Take the episode into the replay buffer and into the books.
 
         Args:
             terminated: the task ended it, not a time limit.
+            log: of the run.
             broken: why it was broken off before its next step, or even its first.
         """
         progress, episode = self.progress, self.episode or EpisodeInProgress([], planned=False)
@@ -318,332 +248,174 @@ class Trainer:
             )
         if progress.episodes_to_gather:
             if broken:
-                self._note_broken(broken, decisions=len(episode.actions))
+                self._note_broken(log, broken, decisions=len(episode.actions))
             if episode.actions:
                 progress.episodes_to_gather -= 1
-            self._averages.take()
-            return
+            self.averages.take()
+            return None
         progress.env_steps += episode.env_steps
-        progress.updates_due += (
-            len(episode.actions) * self.config.model.learning.updates_per_decision
-        )
+        updates = len(episode.actions) * self.config.model.learning.updates_per_decision
+        progress.updates_due += updates
         episode_return = float(sum(episode.rewards))
+        about = {
+            "decisions": progress.decisions,
+            "updates": self.learner.updates,
+            "episode_return": episode_return,
+            "length": episode.env_steps,
+        }
         if broken:
-            self._note_broken(
-                broken,
-                decisions=progress.decisions,
-                updates=self.learner.updates,
-                episode_return=episode_return,
-                length=episode.env_steps,
-            )
-            return
-        self.log.record(
-            "episode",
-            progress.env_steps,
-            decisions=progress.decisions,
-            updates=self.learner.updates,
-            episode_return=episode_return,
-            length=episode.env_steps,
-            terminated=terminated,
-        )
+            self._note_broken(log, broken, **about)
+            return None
+        log.record("episode", progress.env_steps, **about, terminated=terminated)
         scalars = {"training/return": episode_return, "training/decisions": progress.decisions}
         if episode.planned:
-            decisions = progress.decisions
             planner = self.config.model.planner
-            scalars["planner/horizon"] = planner.horizon_at(decisions)
-            scalars["planner/smallest std"] = planner.min_std_at(decisions)
-        self.log.scalars(progress.env_steps, scalars | self._averages.take())
-        self.log.progress(progress.env_steps, **{"return": f"{episode_return:.0f}"})
-        if self.course:
-            self.course.hint(episode_return)
-            if progress.env_steps >= progress.next_importance:  # five times an evaluation
-                progress.next_importance = progress.env_steps + self.config.eval_every // 5
-                pruning_steps.log_importance(self)
+            scalars["planner/horizon"] = planner.horizon_at(progress.decisions)
+            scalars["planner/smallest std"] = planner.min_std_at(progress.decisions)
+        log.scalars(progress.env_steps, scalars | self.averages.take())
+        log.progress(progress.env_steps, **{"return": f"{episode_return:.0f}"})
+        return episode_return
 
-    def _note_broken(self, reason: str, **about: Any) -> None:
+    def _note_broken(self, log: RunLog, reason: str, **about: Any) -> None:
         """Count and tell an episode that was broken off."""
         progress = self.progress
         progress.broken_episodes += 1
-        self.log.record("broken episode", progress.env_steps, reason=reason, **about)
-        self.log.scalars(progress.env_steps, {"training/broken episodes": progress.broken_episodes})
-        self.log.say(f"episode broken off at {progress.env_steps} env steps: {reason}")
+        log.record("broken episode", progress.env_steps, reason=reason, **about)
+        log.scalars(progress.env_steps, {"training/broken episodes": progress.broken_episodes})
+        log.say(f"episode broken off at {progress.env_steps} env steps: {reason}")
 
-    def _update(self) -> None:
+    def _update(self, log: RunLog) -> None:
         """One update from the replay buffer."""
         began = time.perf_counter()
         batch, starts = self.replay.sample(self.config.model.learning.batch, self.rng, self.device)
-        try:
-            metrics, priorities = self.learner.update(batch, self.generator)
-        except NonFiniteLoss as error:
-            saved = self.save()
-            raise RunError(
-                f"stopped after {self.learner.updates} updates because {error}; the state is saved "
-                f"in {saved}; try a smaller model.learning.learning_rate"
-            ) from error
+        metrics, priorities = self.learner.update(batch, self.generator)
         self.replay.set_priorities(starts, priorities)
         self.progress.updates_due -= 1
         milliseconds = _milliseconds(began)
-        self._averages.add(
+        self.averages.add(
             {
                 f"{'gradients' if 'norm' in name else 'losses'}/{name}": value
                 for name, value in metrics.items()
             }
             | {"speed/milliseconds per update": milliseconds}
         )
-        self.log.progress(loss=f"{metrics['model loss']:.3g}")
-
-    def _evaluate(self) -> None:
-        """Evaluate and save; nothing if a signal comes meanwhile."""
-        evaluation = self.evaluation(self.config.eval_episodes)
-        if evaluation is None:
-            return
-        config, progress = self.config, self.progress
-        later = progress.env_steps // config.eval_every * config.eval_every + config.eval_every
-        if progress.env_steps < config.env_steps:
-            later = min(later, config.env_steps)
-        progress.next_evaluation = later
-        size = agent_size(self.model, config.model)
-        if self.course:
-            self.course.scored(progress.env_steps, evaluation.mean)
-        self.log.record(
-            "evaluation",
-            progress.env_steps,
-            decisions=progress.decisions,
-            updates=self.learner.updates,
-            mean_return=evaluation.mean,
-            std_return=evaluation.std,
-            returns=evaluation.returns,
-            seconds=round(evaluation.seconds, 3),
-            **size,
+        log.progress(
+            loss=f"{metrics['model loss']:.3g}",
+            updates=f"{self.learner.updates} ({milliseconds:.0f} ms)",
         )
-        self.log.scalars(
-            progress.env_steps,
-            {"evaluation/return": evaluation.mean, "evaluation/std of return": evaluation.std},
-        )
-        self.log.networks(progress.env_steps, size)
-        self.log.say(
-            f"evaluation at {progress.env_steps:,} env steps: return "
-            f"{mean_and_std(evaluation.returns)} over {counted(config.eval_episodes, 'episode')}, "
-            f"sparsity {size['sparsity']:.3f}, after {counted(self.learner.updates, 'update')}"
-        )
-        self.save()
 
-    def _time_agents(self) -> None:
-        """Time the run's agents in turn: the dense one, those of every cut, and the final one."""
-        self.log.progress(doing="timing")
-        agents = load_agents(self.run_dir)
-        latest = agents.popitem()[1]
-        name = "final" if agents or not latest.is_dense else "dense"
-        agents = agent_report.by_step(agents) | {name: latest}
-        for agent in agents.values():
-            agent.model.to(self.device)
-        self.times = agent_report.times(agents)
-        threads = torch.get_num_threads()
-        self.log.record("times", self.now, threads=threads, agents=self.times)
-        self.log.text("decision times", agent_report.times_table(self.times), self.now)
+    def gather(self, log: RunLog) -> bool:
+        if self.progress.episodes_to_gather:
+            self._decide(log)
+            return False
+        batch, _ = self.replay.sample(self.config.model.learning.batch, self.rng, self.device)
+        self.learner.update(batch, self.generator, learn=False)
+        return True
 
-    def evaluation(self, episodes: int) -> Evaluation | None:
-        """The present agent's return; it is not played again if nothing changed since.
+    # --- What it is now ---------------------------------------------------------------------
 
-        None if a signal comes meanwhile.
-        """
-        agent = self._version()
-        if self._evaluated == agent and len(self.last_evaluation.returns) >= episodes:
-            return self.last_evaluation.first(episodes)
-        self.log.progress(doing="evaluating")
-        config = self.config
+    def measure(
+        self, samples: int, interrupted: Callable[[], bool], log: RunLog
+    ) -> Evaluation | None:
         broken: list[StepError] = []
         evaluation = evaluate(
-            self.model,
-            config.model,
-            config.task,
-            config.action_repeat,
-            episodes,
+            self._agent({}, None),
+            samples,
             EVALUATION_SEED,
-            interrupted=lambda: bool(self._stop_request),
+            interrupted=interrupted,
             broken=broken.append,
         )
         if evaluation is not None:
             for error in broken:  # their returns are those up to there
-                self._note_broken(str(error), evaluation=True)
-            self.last_evaluation, self._evaluated = evaluation, agent
+                self._note_broken(log, str(error), evaluation=True)
         return evaluation
 
-    def _version(self) -> list[int]:
-        """Equal as long as the agent is the same: its updates, and the changes by pruning."""
-        return [self.learner.updates, self.course.stage.changes if self.course else 0]
+    def said(self, measured: Evaluation) -> str:
+        returns = measured.returns
+        return f"return {mean_and_std(returns)} over {counted(len(returns), 'episode')}"
 
-    # --- For its pruning, see `pruning_steps.Run` --------------------------------------------
+    def evaluated(self, measured: Evaluation, log: RunLog) -> dict[str, Any]:
+        return {
+            "decisions": self.progress.decisions,
+            "updates": self.learner.updates,
+            "mean_return": measured.mean,
+            "std_return": measured.std,
+            "returns": measured.returns,
+            "seconds": round(measured.seconds, 3),
+        }
 
-    @property
-    def now(self) -> int:
-        return self.progress.env_steps
+    def of_each(self, measured: Evaluation) -> dict[str, Any]:
+        return {"returns": measured.returns}
 
-    def gather(self) -> None:
-        batch, _ = self.replay.sample(self.config.model.learning.batch, self.rng, self.device)
-        self.learner.update(batch, self.generator, learn=False)
+    def size(self) -> dict[str, float]:
+        return self._agent({}, None).size()
 
-    def measure(self) -> tuple[dict[str, float], dict[str, Any]] | None:
-        config = self.config
-        episodes = min(config.prune.eval_episodes, config.eval_episodes)
-        due = self.now >= self.progress.next_evaluation  # it can then use the same episodes
-        evaluation = self.evaluation(config.eval_episodes if due else episodes)
-        if evaluation is None:
-            return None
-        evaluation = evaluation.first(episodes)
-        shown = {"mean": evaluation.mean, "std": evaluation.std}
-        return shown, {"returns": evaluation.returns}
+    def dense_parameters(self) -> dict[str, int]:
+        return {
+            name: sum(parameter.numel() for parameter in own)
+            for name, own in component_parameters(WorldModel(self._dense_widths())).items()
+        }
 
-    def take_back(
-        self, weights: dict[str, torch.Tensor], state: dict[str, torch.Tensor]
-    ) -> Learner:
-        model = WorldModel(Widths.of_weights(weights))
-        model.load_state_dict(weights)
-        self.take_learner(model, state, self.learner.updates)
-        return self.learner
+    def computation(self) -> Computation:
+        return agent_computation(self.learner.model, self.learner.target, self.config.model)
 
-    def keep(self, folder: Path) -> None:
-        if not folder.exists():
-            save_agent(folder, self.agent())
+    def conclude(self, folder: RunFolder, log: RunLog) -> list[str]:
+        """The run's agents are timed in turn: the dense one, those of every cut, the last one."""
+        log.progress(doing="timing")
+        agents = load_agents(folder)
+        latest = agents.popitem()[1]
+        name = "final" if agents or not latest.is_dense else "dense"
+        agents |= {name: latest}
+        for agent in agents.values():
+            agent.model.to(self.device)
+        times = report.times(agents)
+        log.record("times", self.now, threads=torch.get_num_threads(), agents=times)
+        log.text("decision times", report.times_table(times), self.now)
+        lines = [report.times_table(times)]
+        if self.progress.broken_episodes:
+            broken = self.progress.broken_episodes
+            lines.append(f"episodes broken off   {broken}, and why is in history.jsonl")
+        return [*lines, f"evaluate it with   {typed('evaluate.py', checkpoint=folder)}"]
 
-    # --- Saving and going on ---------------------------------------------------------------
+    def close(self) -> None:
+        self.env.close()
 
-    def agent(self) -> Agent:
-        """The agent as it is now."""
-        progress, evaluation = self.progress, self.last_evaluation
-        if self._evaluated != self._version():
-            evaluation = None  # it is of other weights
-        parent = pruning_steps.parent_dir(self.run_dir)
-        agent = Agent(
+    def _agent(self, provenance: dict[str, Any], parent: Path | None) -> Agent:
+        return Agent(
             model=self.model,
             config=self.config.model,
             task=self.config.task,
             action_repeat=self.action_repeat,
-            provenance={
-                "seed": self.config.seed,
-                "env_steps": progress.env_steps,
-                "decisions": progress.decisions,
-                "updates": self.learner.updates,
-                "returns": evaluation.returns if evaluation else None,
-                "commands": self.commands,
-            }
-            | ({"pruning": self.course.provenance(self.now)} if self.course else {}),
-        )
-        return agent if agent.is_dense or not parent.exists() else replace(agent, parent=parent)
-
-    def save(self) -> Path:
-        """Save everything that the rest of the run depends on."""
-        progress, episode = self.progress, self.episode
-        evaluation = self.last_evaluation
-        if self.log:
-            progress.history = self.log.history
-        training = {
-            "progress": vars(progress),
-            "updates": self.learner.updates,
-            "rng": self.rng.bit_generator.state,
-            "averages": vars(self._averages),
-            "device": self.device.type,
-            "episode": None
-            if episode is None
-            else {
-                "planned": episode.planned,
-                "rewards": episode.rewards,
-                "env_steps": episode.env_steps,
-            },
-            "evaluation": vars(evaluation) if evaluation else None,
-            "evaluated": self._evaluated,
-        }
-        tensors: dict[str, Any] = self.learner.state() | {
-            "means": self.means,
-            "generator": self.generator.get_state(),
-        }
-        if episode is not None:
-            tensors["episode.observations"] = np.stack(episode.observations)
-            tensors["episode.actions"] = np.reshape(episode.actions, (-1, self.action_width))
-        files = {"training": tensors, "replay": self.replay.state()}
-        if self.course:
-            training["pruning"], files["pruning"] = self.course.state()
-        agent = self.agent()
-        return save_checkpoint(
-            self.run_dir, self.now, lambda part: write_agent(part, agent), training, files
+            provenance=provenance,
+            parent=parent,
         )
 
-    def load(self, folder: Path) -> None:
-        """Take up the state that `save` wrote.
+    # --- Saving and going on ---------------------------------------------------------------
 
-        Raises:
-            UserError: it is damaged, or is no run's state.
-        """
-        self._loaded = folder
-        agent = load_agent(folder)
-        training, files = load_training(folder)
-        if training["device"] != self.device.type:
-            raise UserError(
-                f"'{folder}' was saved on {training['device']}, this is {self.device.type}; "
-                f"resume with device={training['device']}"
-            )
-        tensors = files["training"]
-        self.commands = agent.provenance.get("commands", [])
-        self.take_learner(agent.model, tensors, training["updates"])
-        if self.course:
-            self.course.attach(self.learner)
-            self.course.load_state(training["pruning"], files["pruning"])
-        self.replay.load_state({name: array.numpy() for name, array in files["replay"].items()})
-        self.progress = Progress(**training["progress"])
-        self.rng.bit_generator.state = training["rng"]
-        self.generator.set_state(tensors["generator"])
-        self._averages = Averages(**training["averages"])
-        if training["evaluation"]:
-            self.last_evaluation = Evaluation(**training["evaluation"])
-            self._evaluated = training.get("evaluated")
-        if self.progress.env_steps < self.config.env_steps:
-            self.progress.next_evaluation = min(
-                self.progress.next_evaluation, self.config.env_steps
-            )
-        self.means = tensors["means"].to(self.device)
-        if training["episode"]:
-            self._take_up_episode(
-                tensors["episode.actions"].numpy(),
-                tensors["episode.observations"].numpy(),
-                **training["episode"],
-            )
-
-    def _take_over(self, folder: Path) -> None:
-        """Start from a checkpoint of another run: its agent, optimisers, buffer and counts.
-
-        Raises:
-            UserError: it is an agent for something else.
-        """
-        agent, config = load_agent(folder), self.config
-        for name, theirs, ours in (
-            ("task", agent.task, config.task),
-            ("action_repeat", agent.action_repeat, self.action_repeat),
-            ("model", agent.config, config.model),
-        ):
-            if theirs != ours:
-                raise UserError(f"start_from={folder}: its {name} is {theirs}, the run's is {ours}")
+    def write_networks(
+        self,
+        folder: Path,
+        measured: Evaluation | None,
+        provenance: dict[str, Any],
+        parent: Path | None,
+    ) -> None:
         progress = self.progress
-        self.commands = list(agent.provenance.get("commands", []))
-        if (folder / "training.json").is_file():
-            training, files = load_training(folder)
-            self.take_learner(agent.model, files["training"], training["updates"])
-            arrays = {name: tensor.numpy() for name, tensor in files["replay"].items()}
-            self.replay.load_state(arrays)
-            for name in ("env_steps", "decisions", "episodes", "updates_due"):
-                setattr(progress, name, training["progress"][name])
-            changes = training["pruning"]["stage"]["changes"] if "pruning" in training else 0
-            if training.get("evaluated") == [training["updates"], changes]:
-                self.last_evaluation = Evaluation(**training["evaluation"])
-                self._evaluated = [training["updates"], 0]
-        else:
-            self.take_learner(agent.model, {}, agent.provenance["updates"])
-            progress.env_steps = agent.provenance["env_steps"]
-            progress.decisions = agent.provenance["decisions"]
-            progress.episodes_to_gather = config.prune.gather_episodes
-        following = (progress.env_steps // config.eval_every + 1) * config.eval_every
-        progress.next_evaluation = min(following, config.env_steps)
+        own = {
+            "seed": self.config.seed,
+            "env_steps": progress.env_steps,
+            "decisions": progress.decisions,
+            "updates": self.learner.updates,
+            "returns": measured.returns if measured else None,
+        }
+        agent = self._agent(own | provenance, parent)
+        write_agent(folder, replace(agent, parent=None) if agent.is_dense else agent)
 
-    def take_learner(self, model: WorldModel, state: dict[str, Any], updates: int) -> None:
+    def rebuild(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        model = WorldModel(Widths.of_weights(weights))
+        model.load_state_dict(weights)
+        self.take_learner(model, state, self.learner.updates)
+
+    def take_learner(self, model: WorldModel, state: Mapping[str, Tensor], updates: int) -> None:
         """Go on with this model, and with its learner's saved state if there is one.
 
         Raises:
@@ -653,9 +425,87 @@ class Trainer:
         check_sizes(model, self.env, self.config.task)
         self.learner = Learner(model.to(self.device), agent.planner, agent.learning)
         self.learner.updates = updates
-        self._evaluated = None
         if state:
             self.learner.load_state(state, updates)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        episode = self.episode
+        values: dict[str, Any] = {
+            "progress": vars(self.progress),
+            "rng": self.rng.bit_generator.state,
+            "device": self.device.type,
+            "episode": None,
+        }
+        tensors: dict[str, Any] = self.learner.state() | {
+            "means": self.means,
+            "generator": self.generator.get_state(),
+        }
+        if episode is not None:
+            values["episode"] = {
+                "planned": episode.planned,
+                "rewards": episode.rewards,
+                "env_steps": episode.env_steps,
+            }
+            tensors["episode.observations"] = np.stack(episode.observations)
+            tensors["episode.actions"] = np.reshape(episode.actions, (-1, self.action_width))
+        return values, {"training": tensors, "replay": self.replay.state()}
+
+    def load(self, path: Path) -> Agent:
+        return load_agent(path)
+
+    def load_state(
+        self, saved: Agent, values: dict[str, Any], files: dict[str, dict[str, Tensor]]
+    ) -> None:
+        if values["device"] != self.device.type:
+            raise UserError(
+                f"'{saved.folder}' was saved on {values['device']}, this is {self.device.type}; "
+                f"resume with device={values['device']}"
+            )
+        tensors = files["training"]
+        self.take_learner(saved.model, tensors, values["updates"])
+        self._load_replay(files)
+        known = vars(self.progress)
+        self.progress = Progress(**{n: v for n, v in values["progress"].items() if n in known})
+        self.rng.bit_generator.state = values["rng"]
+        self.generator.set_state(tensors["generator"])
+        self.means = tensors["means"].to(self.device)
+        if values["episode"]:
+            self._take_up_episode(
+                tensors["episode.actions"].numpy(),
+                tensors["episode.observations"].numpy(),
+                **values["episode"],
+            )
+
+    def take_over(
+        self, saved: Agent, values: dict[str, Any] | None, files: dict[str, dict[str, Tensor]]
+    ) -> None:
+        """Raises UserError: it is an agent for something else, and what differs."""
+        config, progress = self.config, self.progress
+        for name, theirs, ours in (
+            ("task", saved.task, config.task),
+            ("action_repeat", saved.action_repeat, self.action_repeat),
+            ("model", saved.config, config.model),
+        ):
+            if theirs != ours:
+                raise UserError(
+                    f"start_from={saved.folder}: its {name} is {theirs}, the run's is {ours}"
+                )
+        if values is not None:
+            self.take_learner(saved.model, files["training"], values["updates"])
+            self._load_replay(files)
+            for name in ("env_steps", "decisions", "episodes", "updates_due"):
+                setattr(progress, name, values["progress"][name])
+        else:
+            self.take_learner(saved.model, {}, saved.provenance["updates"])
+            progress.env_steps = saved.provenance["env_steps"]
+            progress.decisions = saved.provenance["decisions"]
+            progress.episodes_to_gather = config.prune.gather_episodes
+
+    def measurement(self, values: dict[str, Any]) -> Evaluation:
+        return Evaluation(**values)
+
+    def _load_replay(self, files: dict[str, dict[str, Tensor]]) -> None:
+        self.replay.load_state({name: array.numpy() for name, array in files["replay"].items()})
 
     def _take_up_episode(
         self,
@@ -689,15 +539,10 @@ class Trainer:
                 f"actions, so the episode in progress cannot be taken up again"
             )
 
-    def _stop(self) -> None:
-        self.save()
-        raise Stopped(
-            f"stopped by {self._stop_request.name} at {self.progress.env_steps} env steps; "
-            f"go on with: {typed('train.py', resume=self.run_dir)}",
-            self._stop_request.number,
-        )
+    def _dense_widths(self) -> Widths:
+        return Widths.dense(self.config.model.network, self.observation_width, self.action_width)
 
-    def _first_means(self) -> torch.Tensor:
+    def _first_means(self) -> Tensor:
         return first_means(self.config.model.planner, 1, self.action_width, self.device)
 
     def _episode_seed(self, episode: int) -> int:

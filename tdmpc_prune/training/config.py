@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -51,6 +51,8 @@ def _not_pruned(config: Any, given: Sequence[str]) -> Idle | None:
 class TrainConfig:
     """A training run."""
 
+    MAY_CHANGE_ON_RESUME: ClassVar = ("device", "env_steps", "threads")
+
     task: str = setting(
         "cartpole-swingup", "a DeepMind Control Suite task, or gym:<id> for any Gymnasium one"
     )
@@ -85,6 +87,11 @@ class TrainConfig:
         require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31)")
         check_machine(self.device, self.threads)
 
+    @property
+    def subject(self) -> str:
+        """What is learnt, as the name of a folder."""
+        return self.task.replace(":", "-").replace("/", "-")
+
     def idle(self, given: Sequence[str]) -> Idle | None:
         """A given setting without effect."""
         if self.resume:
@@ -100,6 +107,8 @@ class TrainConfig:
 @dataclass(frozen=True)
 class AutoencoderConfig:
     """A training run of an autoencoder."""
+
+    MAY_CHANGE_ON_RESUME: ClassVar = ("threads", "updates")
 
     data: DataConfig = setting(DataConfig, "the images", choices=IMAGES)
     prune: PruneConfig = setting(
@@ -130,6 +139,11 @@ class AutoencoderConfig:
             require(value >= 1, f"{name}={value} must be at least 1")
         require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31)")
         check_machine("cpu", self.threads)
+
+    @property
+    def subject(self) -> str:
+        """What is learnt, as the name of a folder."""
+        return f"autoencoder-{self.data.name}"
 
     def idle(self, given: Sequence[str]) -> Idle | None:
         """A given setting without effect."""

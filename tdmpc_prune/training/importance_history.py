@@ -22,7 +22,7 @@ from scipy.stats import rankdata, spearmanr
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning.config import GRADIENT_METRICS
 from tdmpc_prune.pruning.plan import Plan
-from tdmpc_prune.saving.run_folder import read_history
+from tdmpc_prune.saving.run_folder import RunFolder
 
 _NAMED = 3  # groups that a summary names at most
 
@@ -58,7 +58,7 @@ def read(run_dir: Path) -> ImportanceHistory:
     Raises:
         UserError: it has logged none.
     """
-    records = read_history(run_dir, "importance")
+    records = RunFolder(run_dir).read_history("importance")
     if not records:
         raise UserError(f"'{run_dir}' has no history of importance; only pruning runs have one")
     unit = next(name for name in ("env_steps", "updates") if name in records[0])
@@ -78,8 +78,8 @@ def read(run_dir: Path) -> ImportanceHistory:
             )
             for metric in metrics
         },
-        cuts=tuple(entry[unit] for entry in read_history(run_dir, "cut")),
-        undone=len(read_history(run_dir, "undone")),
+        cuts=tuple(entry[unit] for entry in RunFolder(run_dir).read_history("cut")),
+        undone=len(RunFolder(run_dir).read_history("undone")),
     )
 
 

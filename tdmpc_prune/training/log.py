@@ -6,7 +6,6 @@ The horizontal axis is the run's own unit of time: env steps (simulator steps) f
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -18,6 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from tdmpc_prune.saving.files import write_file
+from tdmpc_prune.saving.run_folder import RunFolder
 from tdmpc_prune.settings import by_dotted_name
 
 _SECONDS_BETWEEN_REFRESHES = 0.5
@@ -61,7 +62,7 @@ class RunLog:
 
     def __init__(
         self,
-        run_dir: Path,
+        folder: RunFolder,
         now: int,
         end: int,
         history: int,
@@ -71,7 +72,7 @@ class RunLog:
         """Open the logs of a run.
 
         Args:
-            run_dir: its folder.
+            folder: of the run.
             now: where the run stands; later events of a run that was cut off are hidden.
             end: where it ends.
             history: lines of the history to keep; what a run that was cut off wrote beyond them
@@ -81,14 +82,12 @@ class RunLog:
         """
         self._name = f"{name}: " if name else ""
         self._unit = unit
-        self._history_path = run_dir / "history.jsonl"
+        self._history_path = folder.history
         self.history = history
         if self._history_path.exists():
             kept = self._history_path.read_text().splitlines(keepends=True)[:history]
-            part = run_dir / ".history.jsonl.part"
-            part.write_text("".join(kept))
-            os.replace(part, self._history_path)
-        self._writer = SummaryWriter(str(run_dir), purge_step=now + 1)
+            write_file(self._history_path, "".join(kept), "run_dir")
+        self._writer = SummaryWriter(str(folder), purge_step=now + 1)
         self._bar = tqdm(
             desc=name,
             total=end,
@@ -145,6 +144,25 @@ class RunLog:
     def networks(self, now: int, size: dict[str, float]) -> None:
         """Add the networks' size to TensorBoard."""
         self.scalars(now, {f"networks/{name}": value for name, value in size.items()})
+
+    def importance(
+        self,
+        now: int,
+        importance: dict[str, dict[str, dict[str, float]]],
+        correlations: dict[str, float],
+    ) -> None:
+        """Add importance by group and component, and how alike the metrics rank the units."""
+        self.record("importance", now, **importance, correlations=correlations)
+        self.scalars(
+            now,
+            {
+                f"unit importance by {kind[:-1]}/{metric}/{name}": value  # "unit" sorts last
+                for kind, metrics in importance.items()
+                for metric, values in metrics.items()
+                for name, value in values.items()
+            }
+            | {f"unit rank correlation/{pair}": value for pair, value in correlations.items()},
+        )
 
     def text(self, name: str, markdown: str, now: int) -> None:
         """Add a text to TensorBoard."""
