@@ -25,9 +25,8 @@ from tdmpc_prune.agent.learner import Learner, NonFiniteLoss
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan
 from tdmpc_prune.agent.replay import Episode, SequenceReplay
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.deploy import card as agent_report
 from tdmpc_prune.errors import RunError, UserError
-from tdmpc_prune.evaluation import Evaluation, agent_size, check_sizes, evaluate
+from tdmpc_prune.evaluation import EVALUATION_SEED, Evaluation, check_sizes, evaluate
 from tdmpc_prune.machine import choose_device, set_threads
 from tdmpc_prune.pruning.pruner import Course
 from tdmpc_prune.saving.agents import load_agent, load_agents, save_agent, write_agent
@@ -47,7 +46,6 @@ from tdmpc_prune.training.config import TrainConfig
 from tdmpc_prune.training.log import Averages, RunLog
 from tdmpc_prune.words import counted, mean_and_std
 
-EVALUATION_SEED = 1_000_000  # the initial states of evaluations are the same in every run
 BROKEN_IN_A_ROW = 3  # episodes, after which a run does not go on
 
 
@@ -116,7 +114,7 @@ class Trainer:
         self.means = self._first_means()
         self.commands: list[str] = []  # that led to this agent, its parents' first
         self.last_evaluation: Evaluation | None = None
-        self.times: agent_report.Times = {}  # of the run's agents, at its end
+        self.times: pruning_report.Times = {}  # of the run's agents, at its end
         self._evaluated: list[int] | None = None  # updates and cuts of the agent that it is of
         if config.start_from:
             self._take_over(checkpoint_dir(config.start_from))
@@ -402,7 +400,7 @@ class Trainer:
         if progress.env_steps < config.env_steps:
             later = min(later, config.env_steps)
         progress.next_evaluation = later
-        size = agent_size(self.model, config.model)
+        size = self.agent().size()
         if self.course:
             self.course.scored(progress.env_steps, evaluation.mean)
         self.log.record(
@@ -434,13 +432,13 @@ class Trainer:
         agents = load_agents(self.run_dir)
         latest = agents.popitem()[1]
         name = "final" if agents or not latest.is_dense else "dense"
-        agents = agent_report.by_step(agents) | {name: latest}
+        agents = pruning_report.by_step(agents) | {name: latest}
         for agent in agents.values():
             agent.model.to(self.device)
-        self.times = agent_report.times(agents)
+        self.times = pruning_report.times(agents)
         threads = torch.get_num_threads()
         self.log.record("times", self.now, threads=threads, agents=self.times)
-        self.log.text("decision times", agent_report.times_table(self.times), self.now)
+        self.log.text("decision times", pruning_report.times_table(self.times), self.now)
 
     def evaluation(self, episodes: int) -> Evaluation | None:
         """The present agent's return; it is not played again if nothing changed since.
@@ -451,13 +449,9 @@ class Trainer:
         if self._evaluated == agent and len(self.last_evaluation.returns) >= episodes:
             return self.last_evaluation.first(episodes)
         self.log.progress(doing="evaluating")
-        config = self.config
         broken: list[StepError] = []
         evaluation = evaluate(
-            self.model,
-            config.model,
-            config.task,
-            config.action_repeat,
+            self.agent(),
             episodes,
             EVALUATION_SEED,
             interrupted=lambda: bool(self._stop_request),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from tdmpc_prune.deploy import card as agent_report
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.saving.agents import dense_parent, save_agent
 from tdmpc_prune.saving.run_folder import checkpoint_dir, create_run, read_command, read_run
@@ -109,7 +108,7 @@ def finish(trainer: Trainer) -> None:
         f"return {mean_and_std(evaluation.returns)} over "
         f"{counted(len(evaluation.returns), 'episode')} after "
         f"{trainer.progress.env_steps:,} env steps\n"
-        f"{agent_report.times_table(trainer.times)}\n"
+        f"{pruning_report.times_table(trainer.times)}\n"
         f"{pruned}"
         f"everything is in   {trainer.run_dir}\n"
         f"evaluate it with   {typed('evaluate.py', checkpoint=trainer.run_dir)}\n"

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tabulate import tabulate
-
 from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.controller import CPU_MS, decision_milliseconds, median_and_p95
-from tdmpc_prune.deploy.card import _REPEATS
-from tdmpc_prune.evaluation import agent_size
+from tdmpc_prune.words import table
 
 Times = dict[str, dict[str, Any]]  # agent → its size, and "decision_ms" → "median", "p95"
 
@@ -22,12 +19,11 @@ def by_step(agents: Mapping[str, Agent]) -> dict[str, Agent]:
 
 def times(agents: Mapping[str, Agent]) -> Times:
     """Each agent's size, and median and 95 % of its time per decision, measured in turn."""
-    pairs = [(agent.model, agent.config) for agent in agents.values()]
-    measured = decision_milliseconds(*pairs, repeats=_REPEATS)
+    measured = decision_milliseconds(*agents.values())
     found = {}
     for (name, agent), own in zip(agents.items(), measured, strict=True):
         median, p95 = median_and_p95(own)
-        found[name] = agent_size(agent.model, agent.config)
+        found[name] = agent.size()
         found[name]["decision_ms"] = {"median": round(median, 4), "p95": round(p95, 4)}
     return found
 
@@ -46,4 +42,4 @@ def times_table(found: Times) -> str:
         for name, own in found.items()
     ]
     names = ["agent", "sparsity", "parameters", "planning MACs", f"{CPU_MS}, median", "95 %"]
-    return tabulate(rows, names, "pipe", disable_numparse=True)
+    return table(rows, names)
