@@ -16,7 +16,7 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdmpc_prune.analysis import study, study_report
+from tdmpc_prune.analysis import study, study_pictures, study_report
 from tdmpc_prune.analysis.config import ARMS, STUDIES, StudyCommand
 from tdmpc_prune.analysis.study_report import Result
 from tdmpc_prune.errors import RunError, UserError
@@ -299,7 +299,7 @@ def test_tables_are_of_the_csv_and_no_run_is_left_out(tmp_path):
     over_all = study_report.tables(results + other).split("**All tasks")[1]
     assert "; without magnitude, random, for lack of runs**" in over_all
     assert [row[:2] for row in rows_of(over_all) if row[0] in ARMS] == [["bayesian", "6"]]
-    pictures = study_report.pictures(results)
+    pictures = study_pictures.pictures(results)
     assert all(image.startswith(b"\x89PNG") for image in pictures.values())
 
 

@@ -28,7 +28,7 @@ from envs import make_env
 from tdmpc_prune.agent.controller import decision_milliseconds
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.analysis import coefficients as optimize_coefficients
-from tdmpc_prune.analysis import study_report
+from tdmpc_prune.analysis import study_pictures, study_report
 from tdmpc_prune.analysis.config import (
     ARMS,
     COEFFICIENTS,
@@ -41,7 +41,7 @@ from tdmpc_prune.analysis.config import (
 )
 from tdmpc_prune.analysis.subject import load_subject
 from tdmpc_prune.errors import RunError, UserError
-from tdmpc_prune.evaluation import agent_size, evaluate
+from tdmpc_prune.evaluation import EVALUATION_SEED, evaluate
 from tdmpc_prune.machine import machine
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.saving.agents import load_agent
@@ -49,9 +49,10 @@ from tdmpc_prune.saving.files import read_json, write_file, write_json
 from tdmpc_prune.saving.run_folder import read_history
 from tdmpc_prune.settings import by_dotted_name
 from tdmpc_prune.signals import Stopped
+from tdmpc_prune.thresholds import back_at
 from tdmpc_prune.training import launch as runs
 from tdmpc_prune.training import prune_checkpoint
-from tdmpc_prune.training.agent import EVALUATION_SEED, Trainer
+from tdmpc_prune.training.agent import Trainer
 from tdmpc_prune.training.config import PruneCheckpointConfig, TrainConfig
 from tdmpc_prune.words import counted
 
@@ -64,7 +65,6 @@ _ATTEMPTS = 2
 _FAILED = "the job failed:"  # the line above every traceback
 _TIMED = 11  # decisions of each agent, the agents in turn
 _NAMED = 5  # failed jobs that are named
-_BACK = 0.95  # of the dense return: recovered
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def collect(out: str) -> list[study_report.Result]:
     """
     paths = [path for path in _results(out) if read_json(path)["job"]["arm"] != START]
     agents = [load_agent(path.parent) for path in paths]
-    times = decision_milliseconds(*((a.model, a.config) for a in agents), repeats=_TIMED)
+    times = decision_milliseconds(*agents, repeats=_TIMED)
     results = [
         study_report.of_job(read_json(path), float(np.median(own)))
         for path, own in zip(paths, times, strict=True)
@@ -291,7 +291,7 @@ def _report(results: list[study_report.Result], path: Path) -> None:
     tables = study_report.tables(results)
     print(tables)
     write_file(path.with_suffix(".md"), tables, "the report")
-    for name, image in study_report.pictures(results).items():
+    for name, image in study_pictures.pictures(results).items():
         write_file(path.with_name(f"{path.stem}-{name}.png"), image, "the report")
     print(f"written beside {path}: tables (.md) and pictures (.png)")
 
@@ -311,9 +311,8 @@ def _run_start(config: StudyConfig, job: Job) -> dict[str, Any]:
         run_dir=str(job.folder(config.out)),
     )
     trainer = _begun_or_resumed(settings)
-    return {"job": vars(job), "returns": trainer.run(job.name(config)).returns} | agent_size(
-        trainer.model, config.model
-    )
+    returns = trainer.run(job.name(config)).returns
+    return {"job": vars(job), "returns": returns} | trainer.agent().size()
 
 
 def _run_arm(config: StudyConfig, job: Job) -> dict[str, Any]:
@@ -333,7 +332,7 @@ def _run_arm(config: StudyConfig, job: Job) -> dict[str, Any]:
     curve += [
         (e["env_steps"] - began, e["returns"]) for e in read_history(trainer.run_dir, "evaluation")
     ]
-    back = [at for at, returns in curve if np.mean(returns) >= before - (1 - _BACK) * abs(before)]
+    back = [at for at, returns in curve if np.mean(returns) >= back_at(before)]
     return {
         "job": vars(job),
         "before": before,
@@ -342,7 +341,7 @@ def _run_arm(config: StudyConfig, job: Job) -> dict[str, Any]:
         "returns": evaluation.returns,
         "curve": curve,
         "env_steps": trainer.now,
-    } | agent_size(trainer.model, config.model)
+    } | trainer.agent().size()
 
 
 def _trainer(config: StudyConfig, job: Job, start: str) -> Trainer:
@@ -383,16 +382,8 @@ def _new_networks(widths: Widths, job: Job) -> WorldModel:
 
 def _new_networks_return(trainer: Trainer, job: Job) -> list[float]:
     """The returns right after the networks were initialised anew, whatever was learnt since."""
-    config = trainer.config
-    model = _new_networks(trainer.model.widths, job)
-    return evaluate(
-        model,
-        config.model,
-        config.task,
-        config.action_repeat,
-        config.eval_episodes,
-        EVALUATION_SEED,
-    ).returns
+    agent = replace(trainer.agent(), model=_new_networks(trainer.model.widths, job))
+    return evaluate(agent, trainer.config.eval_episodes, EVALUATION_SEED).returns
 
 
 def _pruning(config: StudyConfig, job: Job) -> PruneConfig:
