@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from tdmpc_prune.analysis import compare
+from tdmpc_prune.analysis import compare, compare_report
 from tdmpc_prune.command_line import console
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.saving.files import write_file
@@ -20,17 +20,17 @@ def main() -> None:
         left_out = [f"left out: '{run}' has not been evaluated yet" for run in without]
         if not measured:
             raise UserError("; ".join(left_out))
-        table = "\n".join([compare.table(measured), *(["", *left_out] if left_out else [])])
+        table = "\n".join([compare_report.table(measured), *(["", *left_out] if left_out else [])])
         ways = compare.paths(measured)
         if ways:
-            table += f"\n\nThe path of pruning:\n\n{compare.path_table(ways)}"
+            table += f"\n\nThe path of pruning:\n\n{compare_report.path_table(ways)}"
         print(narrowed(table))
-        curves = compare.curve_table(measured)
+        curves = compare_report.curve_table(measured)
         write_file(f"{arguments.out}.md", f"{table}\n\n{curves}\n", "--out")
-        write_file(f"{arguments.out}.csv", compare.write_csv(measured), "--out")
-        write_file(f"{arguments.out}.png", compare.picture(measured), "--out")
+        write_file(f"{arguments.out}.csv", compare_report.as_csv(measured), "--out")
+        write_file(f"{arguments.out}.png", compare_report.picture(measured), "--out")
         if ways:
-            write_file(f"{arguments.out}-path.png", compare.path_picture(measured), "--out")
+            write_file(f"{arguments.out}-path.png", compare_report.path_picture(measured), "--out")
         path = f", {arguments.out}-path.png" if ways else ""
         print(f"\nwritten to {arguments.out}.png{path}, .md and .csv")
 

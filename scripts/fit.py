@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.deploy import fit
+from tdmpc_prune.deploy import fit, fit_report
 from tdmpc_prune.deploy.config import FitConfig
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.machine import set_threads
@@ -30,10 +30,12 @@ def main(config: FitConfig, given: list[str]) -> None:
         raise UserError(f"{idle.name} has no effect {idle.reason}; add {idle.needed}")
     set_threads(config.threads)
     found = fit.fit(config, folder, command_line(sys.argv))
-    print(narrowed(found.table()) if found.played else "no candidate is fast enough")
+    print(narrowed(fit_report.table(found)) if found.played else "no candidate is fast enough")
     if found.fitted is None:
-        raise fit.failure(found, config)
-    print(f"\n{found.sentence(config)}\nsaved in {folder}, with its card and frontier.png")
+        raise fit_report.failure(found, config)
+    print(
+        f"\n{fit_report.sentence(found, config)}\nsaved in {folder}, with its card and frontier.png"
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import json
 
-from tdmpc_prune.analysis import stability
+from tdmpc_prune.analysis import stability, stability_report
 from tdmpc_prune.analysis.config import StabilityConfig
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.saving.files import check_folder, write_file
@@ -21,14 +21,14 @@ def main(config: StabilityConfig, given: list[str]) -> None:
     out = config.out or (beside(config.checkpoint, "stability") if one else "stability")
     check_folder(out, "out")
     stability.check_episodes(config)
-    print(f"{stability.demand(config)}\n", flush=True)
+    print(f"{stability_report.demand(config)}\n", flush=True)
     found = stability.judge(config)
-    print(narrowed(stability.text(found, config)))
-    certificate = json.dumps(stability.certificate(found, config), indent=1)
+    print(narrowed(stability_report.text(found, config)))
+    certificate = json.dumps(stability_report.certificate(found, config), indent=1)
     write_file(f"{out}.json", certificate + "\n", "out")
-    write_file(f"{out}-gap.csv", stability.trajectories(found), "out")
-    write_file(f"{out}-gap.png", stability.trajectories_picture(found), "out")
-    write_file(f"{out}-boundary.png", stability.boundary_picture(found, config), "out")
+    write_file(f"{out}-gap.csv", stability_report.trajectories(found), "out")
+    write_file(f"{out}-gap.png", stability_report.trajectories_picture(found), "out")
+    write_file(f"{out}-boundary.png", stability_report.boundary_picture(found, config), "out")
     print(f"\nwritten to {out}.json, -gap.csv, -gap.png and -boundary.png")
 
 

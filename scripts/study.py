@@ -1,5 +1,7 @@
 """Run a whole study of pruning methods, and report it. `--help` lists every setting."""
 
+from collections.abc import Iterator
+
 from tdmpc_prune.analysis import study
 from tdmpc_prune.analysis.config import StudyCommand
 from tdmpc_prune.command_line import run_sweeps
@@ -13,8 +15,22 @@ def job(command: StudyCommand, given: list[str]) -> None:
       python scripts/study.py study=full hydra/launcher=joblib hydra.launcher.n_jobs=2
       python scripts/study.py report=studies/full/results.csv
     """
-    study.run_job(command.study, study.all_jobs(command.study)[command.job])
+    said = study.run_job(command.study, study.all_jobs(command.study)[command.job])
+    if said:
+        print(said, flush=True)
+
+
+def sweeps(command: StudyCommand) -> Iterator[str]:
+    for override, far in study.sweeps(command):
+        if far:
+            print(far)
+        yield override
+
+
+def conclude(command: StudyCommand) -> None:
+    for text in study.conclude(command):
+        print(text)
 
 
 if __name__ == "__main__":
-    run_sweeps("study", job, study.sweeps, study.conclude)
+    run_sweeps("study", job, sweeps, conclude)

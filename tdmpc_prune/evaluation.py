@@ -1,4 +1,4 @@
-"""How good an agent is, and how big and how fast: returns over whole episodes, and figures."""
+"""How good an agent is: returns over whole episodes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import numpy as np
 import torch
 
 from envs import StepError, disturb, make_env
-from tdmpc_prune.agent.config import AgentConfig
-from tdmpc_prune.agent.planner import draw_noise, first_means, plan, planning_macs
-from tdmpc_prune.agent.world_model import Widths, WorldModel
+from tdmpc_prune.agent.agent import Agent
+from tdmpc_prune.agent.planner import draw_noise, first_means, plan
+from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.errors import UserError
+
+EVALUATION_SEED = 1_000_000  # the initial states of evaluations are the same in every run
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class Evaluation:
     returns: list[float]  # one per episode
     decisions: int  # planner decisions, over all episodes
     seconds: float  # wall time
+
+    def __len__(self) -> int:
+        """How many episodes they were."""
+        return len(self.returns)
 
     @property
     def mean(self) -> float:
@@ -45,13 +51,11 @@ def _refuse(error: StepError) -> None:
 
 
 def evaluate(
-    model: WorldModel,
-    config: AgentConfig,
-    task: str,
-    action_repeat: int | None,
+    agent: Agent,
     episodes: int,
     seed: int,
     interrupted: Callable[[], bool] = lambda: False,
+    on_decision: Callable[[], None] = lambda: None,
     watch: Callable[[int, np.ndarray, bool], None] = lambda episode, observation, terminated: None,
     disturbances: Mapping[str, Any] | None = None,
     broken: Callable[[StepError], None] = _refuse,
@@ -62,13 +66,11 @@ def evaluate(
     the same seed face the same initial states.
 
     Args:
-        model: the agent's networks; they stay on their device.
-        config: its planner and discount are used.
-        task: as for `envs.make_env`.
-        action_repeat: likewise.
+        agent: plays its own task; its networks stay on their device.
         episodes: how many, all planned together.
         seed: of initial states and planner noise.
         interrupted: asked before every decision; when true the evaluation ends with None.
+        on_decision: told of every decision, which is one of all episodes that still run.
         watch: told of every observation `[O]` of every episode, as it is without noise, and
             whether the episode terminated there (a time limit does not count).
         disturbances: arguments of `envs.disturb`; None leaves the task as it is.
@@ -82,8 +84,9 @@ def evaluate(
             played to its end.
     """
     started = time.perf_counter()
-    environments = [make_env(task, action_repeat) for _ in range(episodes)]
-    check_sizes(model, environments[0], task)
+    model, config = agent.model, agent.config
+    environments = [make_env(agent.task, agent.action_repeat) for _ in range(episodes)]
+    check_sizes(model, environments[0], agent.task)
     if disturbances is not None:
         environments = [disturb(env, **disturbances) for env in environments]
     faults: list[StepError] = []
@@ -102,16 +105,17 @@ def evaluate(
         except StepError as error:
             broken(error)
             faults.append(error)
-    device = next(model.parameters()).device
+    device, actions = agent.device, model.widths.action
     generator = torch.Generator(device).manual_seed(seed)
-    means = first_means(config.planner, len(running), model.widths.action, device)
+    means = first_means(config.planner, len(running), actions, device)
     decisions = 0
     while running and not interrupted():
         inputs = torch.from_numpy(np.stack([observations[i] for i in running])).to(device)
-        noise = draw_noise(config.planner, len(running), model.widths.action, generator)
+        noise = draw_noise(config.planner, len(running), actions, generator)
         decision = plan(model, inputs, means, noise, config.planner, config.learning.discount)
         means = decision.means
         decisions += len(running)
+        on_decision()
         ended = []
         for place, action in enumerate(decision.actions.cpu().numpy()):
             i = running[place]
@@ -152,18 +156,3 @@ def check_sizes(model: WorldModel, env: gymnasium.Env, task: str) -> None:
             f"the agent takes {widths.observation} observations and gives {widths.action} actions, "
             f"but task '{task}' has {theirs[0]} and {theirs[1]}"
         )
-
-
-def agent_size(model: WorldModel, config: AgentConfig) -> dict[str, float]:
-    """Sparsity (fraction of the dense parameters that is gone), parameters, and planning MACs."""
-    widths = model.widths
-    with torch.device("meta"):
-        dense = WorldModel(Widths.dense(config.network, widths.observation, widths.action))
-    parameters, dense_parameters = (
-        sum(parameter.numel() for parameter in each.parameters()) for each in (model, dense)
-    )
-    return {
-        "sparsity": 1 - parameters / dense_parameters,
-        "parameters": parameters,
-        "macs": planning_macs(model, config.planner),
-    }

@@ -12,7 +12,7 @@ from scipy.stats import beta
 
 from envs import TaskError, disturb, make_env
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.analysis import stability
+from tdmpc_prune.analysis import stability, stability_report
 from tdmpc_prune.analysis.config import StabilityConfig
 from tdmpc_prune.analysis.stability import Episodes, Judged, Rate, Stability, Target
 from tdmpc_prune.saving.agents import load_agent
@@ -114,10 +114,10 @@ def test_a_reference_that_knows_too_little_is_doubted():
     )
     target = Target(10.0, 1.0, 5, 20)
     found = Stability("r", target, (dense, later), dense, {})
-    assert "step-4: the return is not less" in stability.text(found, StabilityConfig("any"))
+    assert "step-4: the return is not less" in stability_report.text(found, StabilityConfig("any"))
     worse = replace(later, mean_return=700.0)
     found = Stability("r", target, (dense, worse), dense, {})
-    assert "reference=" not in stability.text(found, StabilityConfig("any"))
+    assert "reference=" not in stability_report.text(found, StabilityConfig("any"))
 
 
 def test_a_reference_that_returns_less_is_named():
@@ -128,13 +128,14 @@ def test_a_reference_that_returns_less_is_named():
     )
     found = Stability("r", Target(10.0, 1.0, 5, 20), (dense, later), later, {})
     config = StabilityConfig("any", episodes=40)
-    assert "the dense reference returns 219.0, less than step-4 (up to 800.0)" in stability.text(
-        found, config
+    assert (
+        "the dense reference returns 219.0, less than step-4 (up to 800.0)"
+        in stability_report.text(found, config)
     )
-    names = stability.certificate(found, config)["return_more_than_the_reference"]
+    names = stability_report.certificate(found, config)["return_more_than_the_reference"]
     assert names == ["step-4"]
     alike = replace(found, judged=(dense, replace(later, mean_return=225.0)))
-    assert "returns 219.0, less" not in stability.text(alike, config)
+    assert "returns 219.0, less" not in stability_report.text(alike, config)
 
 
 @settings(max_examples=50, deadline=None)
@@ -162,10 +163,10 @@ def test_the_boundary_is_the_sparsest_that_is_safe(safe):
 def test_the_verdict_names_what_is_not_safe_below_the_boundary():
     agents = tuple(judged(n, s, safe) for n, s, safe in (("dense", 0.0, True), ("a", 0.2, False)))
     found = Stability("r", Target(1.0, 0.1, 2, 9), agents, agents[0], {})
-    assert "none of the cuts is safe" in stability.verdict(found, StabilityConfig("any"))
+    assert "none of the cuts is safe" in stability_report.verdict(found, StabilityConfig("any"))
     more = (*agents, judged("b", 0.5, True))
     found = Stability("r", Target(1.0, 0.1, 2, 9), more, more[2], {})
-    words = stability.verdict(found, StabilityConfig("any"))
+    words = stability_report.verdict(found, StabilityConfig("any"))
     assert "sparsity 0.500 ('b')" in words and words.endswith("safe below it: a")
 
 

@@ -16,7 +16,7 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdmpc_prune.analysis import study, study_report
+from tdmpc_prune.analysis import study, study_pictures, study_report
 from tdmpc_prune.analysis.config import ARMS, STUDIES, StudyCommand
 from tdmpc_prune.analysis.study_report import Result
 from tdmpc_prune.errors import RunError, UserError
@@ -105,14 +105,14 @@ def test_a_job_that_fails_is_tried_twice_and_never_dropped(tmp_path, monkeypatch
 
     monkeypatch.setattr(study, "_run_arm", explode)
     rounds = []
-    for override in study.sweeps(StudyCommand(tiny)):
+    for override, _ in study.sweeps(StudyCommand(tiny)):
         numbers = [int(number) for number in override.removeprefix("job=").split(",")]
         rounds.append(numbers)
         for number in numbers:
             study.run_job(tiny, study.all_jobs(tiny)[number])
     assert rounds == [[0], [1, 2], [1, 2]]
     with pytest.raises(Exception, match=r"2 jobs have no result: .*magnitude at 0.5, seed 1"):
-        study.conclude(StudyCommand(tiny))
+        list(study.conclude(StudyCommand(tiny)))
     failures = study.all_jobs(tiny)[1].folder(tiny.out) / "failures.txt"
     assert failures.read_text().count("ValueError: it is broken\n") == 2
 
@@ -121,12 +121,12 @@ def test_arms_wait_for_their_dense_agent(tmp_path, monkeypatch):
     tiny = config(tmp_path, arms=["dense", "magnitude"])
     monkeypatch.setattr(study, "_run_start", lambda *_: 1 / 0)
     rounds = []
-    for override in study.sweeps(StudyCommand(tiny)):
+    for override, _ in study.sweeps(StudyCommand(tiny)):
         rounds.append(override)
         study.run_job(tiny, study.all_jobs(tiny)[0])
     assert rounds == ["job=0", "job=0"]
     with pytest.raises(RunError, match=r"3 jobs have no result: .*start, seed 1'"):
-        study.conclude(StudyCommand(tiny))
+        list(study.conclude(StudyCommand(tiny)))
 
 
 def test_a_job_that_another_process_runs_is_left_to_it(tmp_path, monkeypatch):
@@ -299,7 +299,7 @@ def test_tables_are_of_the_csv_and_no_run_is_left_out(tmp_path):
     over_all = study_report.tables(results + other).split("**All tasks")[1]
     assert "; without magnitude, random, for lack of runs**" in over_all
     assert [row[:2] for row in rows_of(over_all) if row[0] in ARMS] == [["bayesian", "6"]]
-    pictures = study_report.pictures(results)
+    pictures = study_pictures.pictures(results)
     assert all(image.startswith(b"\x89PNG") for image in pictures.values())
 
 
@@ -320,7 +320,7 @@ def test_what_improves_on_what():
 
 
 def test_a_share_of_a_negative_return_is_more_when_it_is_better():
-    share = study_report._READINGS["end"]
+    share = study_report.READINGS["end"]
     assert share(result("random", 1, -50.0, before=-100.0)) == 1.5
     assert share(result("random", 1, -200.0, before=-100.0)) == 0
     with pytest.raises(UserError, match="returns 0: nothing to compare"):

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tdmpc_prune.agent.config import AgentConfig
+from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan
-from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.words import counted
 
@@ -27,22 +26,20 @@ class Controller:
 
     def __init__(
         self,
-        model: WorldModel,
-        config: AgentConfig,
+        agent: Agent,
         seed: int = 0,
         layout: Sequence[Mapping[str, Any]] = (),
     ):
         """Take control.
 
         Args:
-            model: the agent's networks; they stay on their device.
-            config: its planner and discount are used.
+            agent: its networks stay on their device.
             seed: of the planner's noise.
             layout: `envs.observation_layout`, so that errors name the parts of an observation.
         """
-        self._model, self._config = model, config
-        self._device = next(model.parameters()).device
-        self._action_width = model.widths.action
+        self._model, self._config = agent.model, agent.config
+        self._device = agent.device
+        self._action_width = agent.model.widths.action
         self._layout = list(layout)
         self._generator = torch.Generator(self._device).manual_seed(seed)
         self.reset()
@@ -109,17 +106,15 @@ def clock(device: torch.device) -> Callable[[], float]:
     return time.thread_time if device.type == "cpu" else time.perf_counter
 
 
-def decision_milliseconds(
-    *agents: tuple[WorldModel, AgentConfig], repeats: int = 5
-) -> list[list[float]]:
+def decision_milliseconds(*agents: Agent, repeats: int = 20) -> list[list[float]]:
     """Times of single decisions of each agent by `clock`, in milliseconds, `repeats` for each.
 
     The agents decide in turn, so that whatever else the machine does meets all alike; the first
     decision of each is not counted.
     """
-    controllers = [Controller(*agent) for agent in agents]
-    observations = [np.zeros(model.widths.observation, np.float32) for model, _ in agents]
-    clocks = [clock(next(model.parameters()).device) for model, _ in agents]
+    controllers = [Controller(agent) for agent in agents]
+    observations = [np.zeros(agent.model.widths.observation, np.float32) for agent in agents]
+    clocks = [clock(agent.device) for agent in agents]
     times: list[list[float]] = [[] for _ in agents]
     for repeat in range(1 + repeats):
         for controller, observation, now, own in zip(

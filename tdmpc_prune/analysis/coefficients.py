@@ -5,14 +5,11 @@ The search is `pruning.coefficients`; what it needs of the network is its `subje
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import time
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from tabulate import tabulate
 from tqdm import tqdm
 
 from tdmpc_prune.analysis.config import CoefficientsConfig, CompareCoefficientsConfig
@@ -21,7 +18,7 @@ from tdmpc_prune.pruning.allocation import make_plan
 from tdmpc_prune.pruning.coefficients import Ranking, by_gradient, by_grid
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.settings import by_dotted_name
-from tdmpc_prune.words import plus_minus
+from tdmpc_prune.words import csv_text, plus_minus, table
 
 
 @dataclass(frozen=True)
@@ -119,9 +116,8 @@ def find(config: CoefficientsConfig, subject: Subject) -> tuple[Plan, int]:
 def text(found: Found, score: str) -> str:
     """What was found, as Markdown."""
     rows = [(name, f"{value:.3f}") for name, value in found.coefficients.items()]
-    table = tabulate(rows, ["group", "coefficient"], "pipe", disable_numparse=True)
     return (
-        f"{table}\n\n"
+        f"{table(rows, ['group', 'coefficient'])}\n\n"
         f"{found.method}: sparsity {found.sparsity:.4f}; {score}: {_shown(found.before)} before, "
         f"{_shown(found.cut)} after the cut, {_shown(found.fine_tuned)} after fine-tuning "
         f"(± half of the 95 % interval over its images or episodes); {found.evaluations} "
@@ -200,12 +196,11 @@ def comparison_table(rows: list[Row], sparsities: list[float], score: str) -> st
         cells.append(f"{np.mean([f.seconds for f in own]):.1f}")
         lines.append([arm, *cells])
     names = ["", *(f"sparsity {sparsity:g}" for sparsity in sparsities), "evaluations", "seconds"]
-    table = tabulate(lines, names, "pipe", disable_numparse=True)
     count = len({row.checkpoint for row in rows})
     return (
         f"{score} right after the cut → after fine-tuning, mean of {count} checkpoint(s), whose "
         f"own is {before:.2f}; ± half of the 95 % interval over images or episodes, not over "
-        f"checkpoints; no arm takes more than `largest` of a group\n\n{table}"
+        f"checkpoints; no arm takes more than `largest` of a group\n\n{table(lines, names)}"
     )
 
 
@@ -217,16 +212,10 @@ def _mean(scores: list[Score]) -> Score:
 
 def comparison_csv(rows: list[Row]) -> str:
     """One line for each cut."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    lines = []
     for row in rows:
         found = asdict(row.found)
-        coefficients = found.pop("coefficients")
-        values = by_dotted_name(
-            {"checkpoint": row.checkpoint, "arm": row.arm, "asked": row.asked} | found
-        )
-        values["coefficients"] = json.dumps(coefficients)
-        if row is rows[0]:
-            writer.writerow(values)
-        writer.writerow(values.values())
-    return text.getvalue()
+        coefficients = json.dumps(found.pop("coefficients"))
+        about = {"checkpoint": row.checkpoint, "arm": row.arm, "asked": row.asked}
+        lines.append(by_dotted_name(about | found) | {"coefficients": coefficients})
+    return csv_text((line.values() for line in lines), lines[0])

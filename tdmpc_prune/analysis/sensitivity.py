@@ -15,7 +15,6 @@ from itertools import pairwise
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import bootstrap, spearmanr
-from tabulate import tabulate
 
 from tdmpc_prune.analysis.config import SensitivityConfig
 from tdmpc_prune.analysis.subject import Score, load_subject
@@ -24,7 +23,7 @@ from tdmpc_prune.machine import measure_all, set_threads
 from tdmpc_prune.pruning.groups import Structure
 from tdmpc_prune.pruning.plan import Plan, plan_of
 from tdmpc_prune.saving.files import png
-from tdmpc_prune.words import plus_minus
+from tdmpc_prune.words import plus_minus, table
 
 RANKED, RANDOM = "least important first", "at random"
 _RESAMPLES = 2000
@@ -235,12 +234,12 @@ def text(found: Sensitivity, config: SensitivityConfig) -> str:
         rows.append([group, kind, *(f"{mean:.1f}" for line in values for _, mean in line)])
     # The most harmful first.
     rows.sort(key=lambda row: float(row[2 + len(config.fractions) - 1]))
-    first = tabulate(rows, names, "pipe", disable_numparse=True)
+    first = table(rows, names)
     rows = [
         [metric, *(f"{c.rho:.2f} [{c.low:.2f}, {c.high:.2f}]" for c in levels.values())]
         for metric, levels in found.correlations.items()
     ]
-    second = tabulate(rows, ["metric", *LEVELS], "pipe", disable_numparse=True)
+    second = table(rows, ["metric", *LEVELS])
     shown = (
         f"{found.score} after removing units, ranked by {config.prune.method}, nothing learnt "
         f"afterwards (at random: one random order); the whole network's is "

@@ -28,7 +28,7 @@ from envs import make_env
 from tdmpc_prune.agent.controller import decision_milliseconds
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.analysis import coefficients as optimize_coefficients
-from tdmpc_prune.analysis import study_report
+from tdmpc_prune.analysis import study_pictures, study_report
 from tdmpc_prune.analysis.config import (
     ARMS,
     COEFFICIENTS,
@@ -41,7 +41,7 @@ from tdmpc_prune.analysis.config import (
 )
 from tdmpc_prune.analysis.subject import load_subject
 from tdmpc_prune.errors import RunError, UserError
-from tdmpc_prune.evaluation import agent_size, evaluate
+from tdmpc_prune.evaluation import EVALUATION_SEED, evaluate
 from tdmpc_prune.machine import machine
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.saving.agents import load_agent
@@ -49,9 +49,10 @@ from tdmpc_prune.saving.files import read_json, write_file, write_json
 from tdmpc_prune.saving.run_folder import read_history
 from tdmpc_prune.settings import by_dotted_name
 from tdmpc_prune.signals import Stopped
+from tdmpc_prune.thresholds import back_at
 from tdmpc_prune.training import launch as runs
 from tdmpc_prune.training import prune_checkpoint
-from tdmpc_prune.training.agent import EVALUATION_SEED, Trainer
+from tdmpc_prune.training.agent import Trainer
 from tdmpc_prune.training.config import PruneCheckpointConfig, TrainConfig
 from tdmpc_prune.words import counted
 
@@ -64,7 +65,6 @@ _ATTEMPTS = 2
 _FAILED = "the job failed:"  # the line above every traceback
 _TIMED = 11  # decisions of each agent, the agents in turn
 _NAMED = 5  # failed jobs that are named
-_BACK = 0.95  # of the dense return: recovered
 
 
 @dataclass(frozen=True)
@@ -167,19 +167,20 @@ def _results(out: str) -> list[Path]:
     return sorted(Path(out).glob(f"*/*/seed*/{_RESULT}"))
 
 
-def run_job(config: StudyConfig, job: Job) -> None:
-    """Run a job to its end and write its result; a failure is noted in its folder.
+def run_job(config: StudyConfig, job: Job) -> str | None:
+    """Run a job to its end and write its result, or note in its folder how it failed; and say so.
 
-    Nothing is done if it has a result, or if another process is at it.
+    Nothing is done and said if it has a result, or if another process is at it.
     """
     folder = job.folder(config.out)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with suppress(Timeout), FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
         if not done(config, job):
-            _run_locked(config, job, folder)
+            return _run_locked(config, job, folder)
+    return None
 
 
-def _run_locked(config: StudyConfig, job: Job, folder: Path) -> None:
+def _run_locked(config: StudyConfig, job: Job, folder: Path) -> str:
     began = time.perf_counter()
     try:
         result = _run_start(config, job) if job.arm == START else _run_arm(config, job)
@@ -190,13 +191,12 @@ def _run_locked(config: StudyConfig, job: Job, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / _FAILURES).open("a") as file:
             file.write(f"{_FAILED}\n{traceback.format_exc()}\n")
-        print(f"{job.name(config)}: failed, see {folder / _FAILURES}", flush=True)
-        return
+        return f"{job.name(config)}: failed, see {folder / _FAILURES}"
     result |= {"seconds": time.perf_counter() - began, "machine": machine()}
     part = folder / f".{_RESULT}.part"
     write_json(part, result)
     part.replace(folder / _RESULT)
-    print(f"{job.name(config)}: done in {_clock(result['seconds'])}; {_left(config)}", flush=True)
+    return f"{job.name(config)}: done in {_clock(result['seconds'])}; {_left(config)}"
 
 
 def _left(config: StudyConfig) -> str:
@@ -216,8 +216,10 @@ def _clock(seconds: float) -> str:
     return tqdm.format_interval(seconds)
 
 
-def sweeps(command: StudyCommand) -> Iterator[str]:
-    """For each sweep, the override of its jobs; asked for the next when the one before is done.
+def sweeps(command: StudyCommand) -> Iterator[tuple[str, str]]:
+    """For each sweep, the override of its jobs, and how far the study is.
+
+    To be asked for the next when the one before is done.
 
     Raises:
         UserError, TaskError: before any job is run; see `claim_folder`.
@@ -232,33 +234,34 @@ def sweeps(command: StudyCommand) -> Iterator[str]:
     if command.job is not None:
         if not 0 <= command.job < len(everything):
             raise UserError(f"job={command.job} must lie in 0 … {len(everything) - 1}")
-        yield f"job={command.job}"
+        yield f"job={command.job}", ""
         return
     for stage in jobs(config):
         for _ in range(_ATTEMPTS):
             if left := pending(config, stage):
                 finished = sum(done(config, job) for job in everything)
-                print(f"{finished} of {len(everything)} jobs are done; {len(left)} come now")
-                yield f"job={','.join(str(everything.index(job)) for job in left)}"
+                numbers = ",".join(str(everything.index(job)) for job in left)
+                far = f"{finished} of {len(everything)} jobs are done; {len(left)} come now"
+                yield f"job={numbers}", far
 
 
-def conclude(command: StudyCommand) -> None:
-    """Write table, pictures and CSV of all results in the folder, and say what failed.
+def conclude(command: StudyCommand) -> Iterator[str]:
+    """Write table, pictures and CSV of all results in the folder, and say what they are.
 
     Raises:
         UserError: there is no such CSV to report.
         RunError: jobs failed twice, or nothing was done.
     """
     if command.report:
-        _report(study_report.of_csv(Path(command.report)), Path(command.report))
+        yield from _report(study_report.of_csv(Path(command.report)), Path(command.report))
         return
     config, path = command.study, Path(command.study.out) / "results.csv"
     if results := collect(config.out):
         write_file(path, study_report.as_csv(results), "study.out")
-        _report(results, path)
+        yield from _report(results, path)
     everything = [all_jobs(config)[command.job]] if command.job is not None else all_jobs(config)
     finished = sum(done(config, job) for job in everything)
-    print(f"{finished} of {len(everything)} jobs are done, the dense agents at the start included")
+    yield f"{finished} of {len(everything)} jobs are done, the dense agents at the start included"
     failed = [job for job in everything if not done(config, job)]
     if failed:
         files = [(job, job.folder(config.out) / _FAILURES) for job in failed[:_NAMED]]
@@ -278,7 +281,7 @@ def collect(out: str) -> list[study_report.Result]:
     """
     paths = [path for path in _results(out) if read_json(path)["job"]["arm"] != START]
     agents = [load_agent(path.parent) for path in paths]
-    times = decision_milliseconds(*((a.model, a.config) for a in agents), repeats=_TIMED)
+    times = decision_milliseconds(*agents, repeats=_TIMED)
     results = [
         study_report.of_job(read_json(path), float(np.median(own)))
         for path, own in zip(paths, times, strict=True)
@@ -286,14 +289,14 @@ def collect(out: str) -> list[study_report.Result]:
     return sorted(results, key=lambda r: (r.task, ARMS.index(r.arm), r.asked or 0, r.seed))
 
 
-def _report(results: list[study_report.Result], path: Path) -> None:
-    """Tables and pictures, printed and written beside their CSV."""
+def _report(results: list[study_report.Result], path: Path) -> Iterator[str]:
+    """The tables; they and the pictures are written beside their CSV."""
     tables = study_report.tables(results)
-    print(tables)
+    yield tables
     write_file(path.with_suffix(".md"), tables, "the report")
-    for name, image in study_report.pictures(results).items():
+    for name, image in study_pictures.pictures(results).items():
         write_file(path.with_name(f"{path.stem}-{name}.png"), image, "the report")
-    print(f"written beside {path}: tables (.md) and pictures (.png)")
+    yield f"written beside {path}: tables (.md) and pictures (.png)"
 
 
 # --- What a job does -------------------------------------------------------------------------
@@ -311,9 +314,8 @@ def _run_start(config: StudyConfig, job: Job) -> dict[str, Any]:
         run_dir=str(job.folder(config.out)),
     )
     trainer = _begun_or_resumed(settings)
-    return {"job": vars(job), "returns": trainer.run(job.name(config)).returns} | agent_size(
-        trainer.model, config.model
-    )
+    returns = trainer.run(job.name(config)).returns
+    return {"job": vars(job), "returns": returns} | trainer.agent().size()
 
 
 def _run_arm(config: StudyConfig, job: Job) -> dict[str, Any]:
@@ -333,7 +335,7 @@ def _run_arm(config: StudyConfig, job: Job) -> dict[str, Any]:
     curve += [
         (e["env_steps"] - began, e["returns"]) for e in read_history(trainer.run_dir, "evaluation")
     ]
-    back = [at for at, returns in curve if np.mean(returns) >= before - (1 - _BACK) * abs(before)]
+    back = [at for at, returns in curve if np.mean(returns) >= back_at(before)]
     return {
         "job": vars(job),
         "before": before,
@@ -342,7 +344,7 @@ def _run_arm(config: StudyConfig, job: Job) -> dict[str, Any]:
         "returns": evaluation.returns,
         "curve": curve,
         "env_steps": trainer.now,
-    } | agent_size(trainer.model, config.model)
+    } | trainer.agent().size()
 
 
 def _trainer(config: StudyConfig, job: Job, start: str) -> Trainer:
@@ -383,16 +385,8 @@ def _new_networks(widths: Widths, job: Job) -> WorldModel:
 
 def _new_networks_return(trainer: Trainer, job: Job) -> list[float]:
     """The returns right after the networks were initialised anew, whatever was learnt since."""
-    config = trainer.config
-    model = _new_networks(trainer.model.widths, job)
-    return evaluate(
-        model,
-        config.model,
-        config.task,
-        config.action_repeat,
-        config.eval_episodes,
-        EVALUATION_SEED,
-    ).returns
+    agent = replace(trainer.agent(), model=_new_networks(trainer.model.widths, job))
+    return evaluate(agent, trainer.config.eval_episodes, EVALUATION_SEED).returns
 
 
 def _pruning(config: StudyConfig, job: Job) -> PruneConfig:
@@ -421,7 +415,7 @@ def _coefficients(config: StudyConfig, job: Job, start: str) -> str:
     if not path.is_file():
         prune = _pruning(config, job)
         search = CoefficientsConfig(
-            start, sparsity=job.sparsity, largest=1.0, prune=prune, seed=job.seed
+            checkpoint=start, sparsity=job.sparsity, largest=1.0, prune=prune, seed=job.seed
         )
         subject = load_subject(start, prune, config.episodes, job.seed)
         optimize_coefficients.find(search, subject)[0].save(path)

@@ -18,13 +18,13 @@ from scipy.stats import t as student_t
 from torch import Tensor, nn, no_grad, randn, zeros_like
 from torch.nn import functional as F
 
+from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.computation import agent_computation
 from tdmpc_prune.agent.planner import follow_policy, sequence_values
-from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.autoencoder.computation import autoencoder_computation
 from tdmpc_prune.autoencoder.learner import AutoencoderLearner
 from tdmpc_prune.autoencoder.model import Autoencoder, psnr
-from tdmpc_prune.evaluation import evaluate
+from tdmpc_prune.evaluation import EVALUATION_SEED, evaluate
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.pruning.groups import Structure, find_groups
 from tdmpc_prune.pruning.importance import Tracker
@@ -33,9 +33,9 @@ from tdmpc_prune.pruning.surgery import commit
 from tdmpc_prune.saving.autoencoders import is_autoencoder, load_autoencoder, saved_config
 from tdmpc_prune.training import prune_checkpoint
 from tdmpc_prune.training import run as pruning_steps
-from tdmpc_prune.training.agent import EVALUATION_SEED, Trainer
+from tdmpc_prune.training.agent import Trainer
 from tdmpc_prune.training.autoencoder import AutoencoderTrainer
-from tdmpc_prune.training.config import PruneCheckpointConfig, TrainConfig
+from tdmpc_prune.training.config import PruneCheckpointConfig
 
 _LEAST_LOSS = 1e-3  # of an agent; the whole network's own would be 0, which has no logarithm
 _SEARCH_SEED = 10_000  # added to the evaluations' seed while a search compares plans
@@ -169,17 +169,20 @@ class _Agent:
         self._config = config
         self._trainer = Trainer(prune_checkpoint.training_config(config), Path("."))
         self._learner = self._trainer.learner
-        self._agent = self._trainer.config.model
         self.networks: dict[str, nn.Module] = {
             "model": self._learner.model,
             "target": self._learner.target,
         }
         self.structure = self._trainer.course.structure
+        settings = self._trainer.config
+        self._agent = Agent(
+            self._learner.model, settings.model, settings.task, settings.action_repeat
+        )
         self._whole = copy.deepcopy(self._learner.model)  # while `networks` are masked
 
     @cached_property
     def before(self) -> Score:
-        return _return(self._learner.model, self._trainer.config, EVALUATION_SEED)
+        return _return(self._agent, self._config.eval_episodes, EVALUATION_SEED)
 
     @cached_property
     def densities(self) -> dict[str, np.ndarray]:
@@ -194,11 +197,11 @@ class _Agent:
         there: 1 - their correlation with the whole network's. The policy's mean square error is in
         units of the variance of its actions.
         """
-        trainer, discount = self._trainer, self._agent.learning.discount
-        batch, _ = trainer.replay.sample(self._agent.learning.batch, trainer.rng, "cpu")
+        trainer, discount = self._trainer, self._agent.config.learning.discount
+        batch, _ = trainer.replay.sample(self._agent.config.learning.batch, trainer.rng, "cpu")
         observations = batch.observation.unsqueeze(1)  # [B, 1, O]
         action_width = batch.actions.shape[-1]
-        shape = (self._agent.planner.horizon, len(observations), _SEQUENCES, action_width)
+        shape = (self._agent.config.planner.horizon, len(observations), _SEQUENCES, action_width)
         noise = _SEQUENCE_NOISE * randn(shape, generator=trainer.generator)
         with no_grad():
             latents = self._whole.encode(observations)
@@ -214,10 +217,11 @@ class _Agent:
 
     def measurement(self, plan: Plan, searching: bool = False) -> Callable[[], Score]:
         model, target = copy.deepcopy((self._learner.model, self._learner.target))
-        computation = agent_computation(model, target, self._agent)
+        computation = agent_computation(model, target, self._agent.config)
         commit(plan, self.structure, computation)
         seed = EVALUATION_SEED + (_SEARCH_SEED if searching else 0)
-        return partial(_return, model, self._trainer.config, seed)
+        agent = replace(self._agent, model=model)
+        return partial(_return, agent, self._config.eval_episodes, seed)
 
     def fine_tuned(self, plan: Plan, length: int) -> Score:
         if not length:
@@ -241,13 +245,5 @@ def _correlation(one: Tensor, other: Tensor) -> Tensor:
     return (one * other).sum() / product.clamp(min=1e-12)
 
 
-def _return(model: WorldModel, config: TrainConfig, seed: int) -> Score:
-    found = evaluate(
-        model,
-        config.model,
-        config.task,
-        config.action_repeat,
-        config.eval_episodes,
-        seed,
-    )
-    return Score.of(found.returns)
+def _return(agent: Agent, episodes: int, seed: int) -> Score:
+    return Score.of(evaluate(agent, episodes, seed).returns)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from tabulate import tabulate
 from torch.utils.flop_counter import FlopCounterMode
 
 from envs import make_env
@@ -29,7 +28,7 @@ from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
 from tdmpc_prune.pruning.importance import Tracker
 from tdmpc_prune.pruning.surgery import commit, kept_units
-from tdmpc_prune.words import counted
+from tdmpc_prune.words import counted, table
 
 _SQUARE = 512  # side of the matrices whose product gives the machine's rate
 _WARM_UP = 3
@@ -191,7 +190,7 @@ class Gain:
         ]
         names = ["", f"{CPU_MS}, median", "95 %", "return", "episodes"]
         return (
-            f"{tabulate(rows, names, 'pipe', disable_numparse=True)}\n\n"
+            f"{table(rows, names)}\n\n"
             f"{self.times_faster:.1f} times as fast{share if dense_return > 0 else ''}"
         )
 
@@ -210,14 +209,11 @@ def gain(agent: Agent, parent: Agent, episodes: int, seed: int, repeats: int) ->
     Raises:
         UserError: nothing is to be played, and the parent has no return on file.
     """
-    published = replace(parent.config, planner=PRESETS["paper"].planner)
-    dense = replace(parent, config=published)
+    dense = parent.with_planner(PRESETS["paper"].planner)
     recorded = recorded_returns(parent)
     if not episodes and not recorded:
         raise UserError("episodes=0, but the dense parent has no return on file")
-    dense_ms, ms = decision_milliseconds(
-        (dense.model, dense.config), (agent.model, agent.config), repeats=repeats
-    )
+    dense_ms, ms = decision_milliseconds(dense, agent, repeats=repeats)
     played = playing.measure(agent, episodes or len(recorded), seed)
     dense_returns = playing.measure(dense, episodes, seed).returns if episodes else recorded
     return Gain(dense_ms, ms, dense_returns, played.returns, episodes > 0)

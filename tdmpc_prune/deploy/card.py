@@ -9,20 +9,17 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from tabulate import tabulate
-
 from envs import make_env, simulator_step_seconds
 from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.controller import CPU_MS, decision_milliseconds, median_and_p95
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.evaluation import Evaluation, agent_size
+from tdmpc_prune.evaluation import Evaluation
 from tdmpc_prune.machine import machine
 from tdmpc_prune.saving.agents import save_agent
 from tdmpc_prune.words import COLUMNS, counted, mean_and_std
+from tdmpc_prune.words import table as markdown
 
 CARD = "card.md"
-
-_REPEATS = 20  # timed decisions of each agent
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ def columns(
     A parent that was not evaluated now is quoted with the returns that are on file for it.
     """
     agents = [agent, parent] if parent else [agent]
-    times = decision_milliseconds(*((a.model, a.config) for a in agents), repeats=_REPEATS)
+    times = decision_milliseconds(*agents)
     found = [Column(agent, evaluation.returns, "measured", *median_and_p95(times[0]))]
     if parent:
         measured = parent_evaluation is not None
@@ -69,12 +66,13 @@ def table(found: list[Column]) -> str:
     env = make_env(task.task)
     seconds = simulator_step_seconds(env)
     env.close()
+    sizes = [column.agent.size() for column in found]
     rows = {
         "return (mean ± std)": [_return(column) for column in found],
-        "sparsity": [f"{_size(column)['sparsity']:.3f}" for column in found],
-        "parameters": [f"{_size(column)['parameters']:,}" for column in found],
+        "sparsity": [f"{size['sparsity']:.3f}" for size in sizes],
+        "parameters": [f"{size['parameters']:,}" for size in sizes],
         "planner: samples × iterations × horizon": [_budget(column.agent) for column in found],
-        "planning MACs per decision": [f"{_size(column)['macs']:,}" for column in found],
+        "planning MACs per decision": [f"{size['macs']:,}" for size in sizes],
         f"{CPU_MS} (median; 95 % within)": [
             f"{column.decision_ms:.2f}; {column.p95_ms:.2f}" for column in found
         ],
@@ -84,16 +82,14 @@ def table(found: list[Column]) -> str:
         needed = [1 / (seconds * column.agent.action_repeat) for column in found]
         rows["the task's control rate, Hz"] = [f"{rate:g}" for rate in needed]
     names = ["", "this agent", "dense parent"][: 1 + len(found)]
-    return tabulate(
-        [[name, *values] for name, values in rows.items()], names, "pipe", disable_numparse=True
-    )
+    return markdown([[name, *values] for name, values in rows.items()], names)
 
 
 def text(found: list[Column], evaluation: Evaluation, seed: int) -> str:
     """All that `evaluate.py` prints."""
     agent = found[0].agent
     lines = [
-        f"{agent.task}, {counted(len(evaluation.returns), 'episode')} from seed {seed}, after "
+        f"{agent.task}, {counted(len(evaluation), 'episode')} from seed {seed}, after "
         f"{agent.provenance['env_steps']} env steps of training",
         "",
         table(found),
@@ -192,10 +188,6 @@ def _card(name: str, found: list[Column], measured: dict[str, Any]) -> str:
         lines += ["", "The parent's return is the one on file for it."]
     lines += ["", "Made by", "", "```sh", *agent.provenance["commands"], "```", ""]
     return "\n".join(lines)
-
-
-def _size(column: Column) -> dict[str, float]:
-    return agent_size(column.agent.model, column.agent.config)
 
 
 def _budget(agent: Agent) -> str:

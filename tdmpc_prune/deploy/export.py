@@ -26,7 +26,7 @@ from tqdm import trange
 
 from envs import make_env, observation_layout, simulator_step_seconds
 from tdmpc_prune.agent.agent import Agent
-from tdmpc_prune.agent.planner import Plan, PlannerNoise, draw_noise, first_means, margins, plan
+from tdmpc_prune.agent.planner import Decision, PlannerNoise, draw_noise, first_means, margins, plan
 from tdmpc_prune.errors import RunError, UserError
 
 TOLERANCE = 1e-4  # largest difference to PyTorch that an export may have
@@ -50,7 +50,7 @@ class _PlannerStep(nn.Module):
         decision = self.decide(observation, means, *noise)
         return decision.actions.squeeze(0), decision.means.squeeze(1)
 
-    def decide(self, observation: Tensor, means: Tensor, *noise: Tensor) -> Plan:
+    def decide(self, observation: Tensor, means: Tensor, *noise: Tensor) -> Decision:
         """The decision for one environment; the noise is what is not empty of `_NOISE`."""
         given = iter(noise)
         parts = {

@@ -9,32 +9,27 @@ good enough, on episodes that did not choose them. (Ours.)
 
 from __future__ import annotations
 
-import csv
-import io
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from tabulate import tabulate
 from tqdm import tqdm
 
 from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.config import PlannerConfig
-from tdmpc_prune.agent.controller import CPU_MS, decision_milliseconds, median_and_p95
+from tdmpc_prune.agent.controller import decision_milliseconds, median_and_p95
 from tdmpc_prune.deploy import card as agent_report
-from tdmpc_prune.deploy import playing
+from tdmpc_prune.deploy import fit_report, playing
 from tdmpc_prune.deploy.card import recorded_returns
 from tdmpc_prune.deploy.config import FitConfig
-from tdmpc_prune.errors import RunError, UserError
-from tdmpc_prune.evaluation import Evaluation, agent_size
+from tdmpc_prune.deploy.fit_report import Candidate, Confirmation, Fit, Reference
+from tdmpc_prune.errors import UserError
 from tdmpc_prune.saving.agents import load_agent, load_agents, load_parent
-from tdmpc_prune.saving.files import png
+from tdmpc_prune.thresholds import least
 from tdmpc_prune.training.config import PruneCheckpointConfig
 from tdmpc_prune.training.launch import default_run_dir
 from tdmpc_prune.training.prune_checkpoint import training_config
-from tdmpc_prune.words import counted, mean_and_std
 
 _SAMPLES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of the agent's own
 _FEWEST_SAMPLES = 16
@@ -46,159 +41,6 @@ _CONFIRMING_REPEATS = 200
 _MARGIN = 0.9  # of the control period: what is nearly too slow at first glance is left out
 _FIRST_LOOK = 4  # every candidate is played a 4th of the episodes …
 _SECOND_LOOK = 5  # … and the best five all of them
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A network with a planner budget."""
-
-    network: str
-    parameters: int
-    sparsity: float
-    samples: int
-    iterations: int
-    horizon: int
-    decision_ms: float  # median
-    p95_ms: float
-    returns: tuple[float, ...] = ()
-    first: int = 0  # how many of them every candidate played
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.returns))
-
-    @property
-    def first_mean(self) -> float:
-        """Of the episodes that every candidate played."""
-        return float(np.mean(self.returns[: self.first]))
-
-
-@dataclass(frozen=True)
-class Confirmation:
-    """A candidate looked at again: timed for longer, and played on episodes of its own."""
-
-    candidate: Candidate
-    decision_ms: list[float]
-    evaluation: Evaluation | None  # None if it was too slow
-
-    @property
-    def median_ms(self) -> float:
-        return median_and_p95(self.decision_ms)[0]
-
-    @property
-    def p95_ms(self) -> float:
-        return median_and_p95(self.decision_ms)[1]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The return of which a fraction may be lost: the best that is known."""
-
-    mean_return: float
-    name: str  # of the agent that it is of
-    dense: float  # the dense agent's
-
-    def __str__(self) -> str:
-        if self.name == "dense":
-            return f"the dense agent's {self.dense:.1f}"
-        return (
-            f"the {self.mean_return:.1f} on file for '{self.name}', because the dense agent, which "
-            f"had learnt less, returns {self.dense:.1f}"
-        )
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What the search found."""
-
-    played: list[Candidate]  # all that were fast enough and not dominated; the best come first
-    period_ms: float
-    least_return: float
-    reference: Reference
-    confirmations: list[Confirmation]  # the last of them is the fitted agent's, if there is one
-    fitted: Agent | None  # None if no candidate is both fast and good enough
-
-    def table(self) -> str:
-        """The candidates that were played, as Markdown."""
-        best = frontier(self.played)
-        rows = [
-            (
-                c.network,
-                c.parameters,
-                f"{c.sparsity:.3f}",
-                f"{c.samples} × {c.iterations} × {c.horizon}",
-                f"{c.decision_ms:.2f}",
-                f"{c.p95_ms:.2f}",
-                f"{1000 / c.decision_ms:.0f}",
-                mean_and_std(c.returns),
-                len(c.returns),
-                "yes" if c in best else "",
-            )
-            for c in self.played
-        ]
-        names = ["networks", "parameters", "sparsity", "samples × iterations × horizon"]
-        names += [f"{CPU_MS}, median", "95 %", "Hz", "return", "episodes", "frontier"]
-        return tabulate(rows, names, "pipe", disable_numparse=True)
-
-    def sentence(self, config: FitConfig) -> str:
-        """What was found, in words."""
-        planner, size = (
-            self.fitted.config.planner,
-            agent_size(self.fitted.model, self.fitted.config),
-        )
-        last = self.confirmations[-1]
-        median, mean = last.median_ms, last.evaluation.mean
-        better = mean > self.reference.mean_return
-        return (
-            f"{size['parameters']:,} parameters, {planner.samples} samples, "
-            f"{counted(planner.iterations, 'iteration')}, horizon {planner.horizon}: "
-            f"{median:.2f} {CPU_MS} ({1000 / median:.0f} Hz; 95 % within {last.p95_ms:.2f} ms), "
-            f"return {mean_and_std(last.evaluation.returns)} over "
-            f"{counted(len(last.evaluation.returns), 'other episode')}, at least "
-            f"{self.least_return:.1f} was asked for, of {self.reference}"
-            + ("; the fitted agent returns more than that" if better else "")
-        )
-
-    def csv(self) -> str:
-        """The same, with the returns of all episodes."""
-        text = io.StringIO()
-        rows = [
-            asdict(c) | {"returns": " ".join(f"{r:.3f}" for r in c.returns)} for c in self.played
-        ]
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
-
-    def picture(self) -> bytes:
-        """Return against milliseconds per decision, as PNG."""
-        figure = Figure(figsize=(9, 4.5), layout="constrained")
-        axis = figure.subplots()
-        for network in dict.fromkeys(c.network for c in sorted(self.played, key=_by_parameters)):
-            own = [c for c in self.played if c.network == network]
-            label = f"{network}: {own[0].parameters:,} parameters"
-            axis.plot([c.decision_ms for c in own], [c.first_mean for c in own], "o", label=label)
-        best = sorted(frontier(self.played), key=lambda c: c.decision_ms)
-        axis.step(
-            [c.decision_ms for c in best],
-            [c.first_mean for c in best],
-            where="post",
-            color="0.4",
-            label="frontier",
-        )
-        axis.axvline(self.period_ms, color="C3", linestyle="--", label="the rate's period")
-        axis.axhline(self.least_return, color="C3", linestyle=":", label="least return")
-        if self.fitted:
-            won = self.confirmations[-1].candidate
-            at = (won.decision_ms, won.first_mean)
-            ring = {"markersize": 14, "markerfacecolor": "none", "markeredgewidth": 2}
-            axis.plot(*at, "o", color="black", label="chosen, and confirmed", **ring)
-        axis.set_xlabel(f"{CPU_MS} (median)")
-        axis.set_ylabel(f"return of the first {self.played[0].first} episodes")
-        axis.set_xlim(left=0)
-        axis.grid(alpha=0.3)
-        figure.legend(loc="outside right upper", fontsize=7)
-        return png(figure)
 
 
 def best_known(found: dict[str, Agent], dense: float) -> Reference:
@@ -223,8 +65,7 @@ def search(config: FitConfig, found: dict[str, Agent], reference: Reference) -> 
         reference: the return to compare with.
     """
     period = 1000 / config.rate_hz
-    best = reference.mean_return
-    least = best - config.max_return_drop * abs(best)
+    least_return = least(reference.mean_return, config.max_return_drop)
     largest = [
         candidate
         for name, agent in tqdm(found.items(), desc="timing", unit="network", leave=False)
@@ -260,9 +101,9 @@ def search(config: FitConfig, found: dict[str, Agent], reference: Reference) -> 
             seed = config.seed + place * config.episodes
             evaluation = playing.measure(agent, config.episodes, seed)
         confirmations.append(Confirmation(candidate, times, evaluation))
-        if evaluation is not None and evaluation.mean >= least:
-            return Fit(played, period, least, reference, confirmations, agent)
-    return Fit(played, period, least, reference, confirmations, None)
+        if evaluation is not None and evaluation.mean >= least_return:
+            return Fit(played, period, least_return, reference, confirmations, agent)
+    return Fit(played, period, least_return, reference, confirmations, None)
 
 
 def free_folder(config: FitConfig) -> Path:
@@ -335,53 +176,13 @@ def fit(config: FitConfig, folder: Path, command: str) -> Fit:
         last = result.confirmations[-1]
         columns = agent_report.columns(result.fitted, last.evaluation, dense, played)
         files = {
-            "frontier.md": result.table().encode(),
-            "frontier.csv": result.csv().encode(),
-            "frontier.png": result.picture(),
+            "frontier.md": fit_report.table(result).encode(),
+            "frontier.csv": fit_report.candidates_csv(result).encode(),
+            "frontier.png": fit_report.picture(result),
         }
         seed = config.seed + len(result.confirmations) * config.episodes
         agent_report.ship(folder, columns, seed, config.threads, command, files)
     return result
-
-
-def failure(result: Fit, config: FitConfig) -> RunError:
-    """Why nothing was saved, and what was reached."""
-    limits = f"rate_hz={config.rate_hz:g} with max_return_drop={config.max_return_drop:g}"
-    start = f"{limits} cannot be reached here with {counted(config.threads, 'thread')}"
-    if not result.played:
-        return RunError(
-            f"{start}: the smallest networks and planner budget are too slow; nothing was saved"
-        )
-    fast = [c for c in result.confirmations if c.evaluation]
-    if not fast:
-        quickest = min(c.median_ms for c in result.confirmations)
-        return RunError(
-            f"{start}: the best candidates took {quickest:.2f} ms per decision and more (CPU "
-            f"time) when timed for longer, {result.period_ms:.2f} ms are allowed; nothing was saved"
-        )
-    best = max(fast, key=lambda c: c.evaluation.mean)
-    return RunError(
-        f"{start}: the best that is fast enough ({best.median_ms:.2f} ms per decision) returned "
-        f"{best.evaluation.mean:.1f}, and {result.least_return:.1f} is needed; nothing was saved"
-        + ("" if result.reference.name == "dense" else f" (it is measured by {result.reference})")
-    )
-
-
-def frontier(candidates: list[Candidate]) -> list[Candidate]:
-    """Those that no other one beats in both time and return of the same episodes."""
-    return [
-        one
-        for one in candidates
-        if not any(
-            (other.decision_ms <= one.decision_ms and other.first_mean > one.first_mean)
-            or (other.decision_ms < one.decision_ms and other.first_mean >= one.first_mean)
-            for other in candidates
-        )
-    ]
-
-
-def _by_parameters(candidate: Candidate) -> int:
-    return candidate.parameters
 
 
 def budgets(planner: PlannerConfig) -> list[PlannerConfig]:
@@ -419,7 +220,7 @@ def _largest_budgets(name: str, agent: Agent, limit_ms: float) -> list[Candidate
     Time grows with each of samples, iterations and horizon, so that one timing decides on all
     budgets above it or below it.
     """
-    size = agent_size(agent.model, agent.config)
+    size = agent.size()
     fast: list[tuple[PlannerConfig, tuple[float, float]]] = []  # with median and 95 %
     slow: list[PlannerConfig] = []
     for planner in budgets(agent.config.planner):
@@ -427,8 +228,7 @@ def _largest_budgets(name: str, agent: Agent, limit_ms: float) -> list[Candidate
             continue
         if any(_within(other, planner) for other in slow):
             continue
-        config = replace(agent.config, planner=planner)
-        (times,) = decision_milliseconds((agent.model, config), repeats=_REPEATS)
+        (times,) = decision_milliseconds(agent.with_planner(planner), repeats=_REPEATS)
         found = median_and_p95(times)
         if found[0] <= limit_ms:
             fast.append((planner, found))
@@ -453,7 +253,7 @@ def _decision_times(
 ) -> list[list[float]]:
     """Times of single decisions of all candidates in turn, ms."""
     agents = [_with_budget(found[candidate.network], candidate) for candidate in candidates]
-    return decision_milliseconds(*((a.model, a.config) for a in agents), repeats=repeats)
+    return decision_milliseconds(*agents, repeats=repeats)
 
 
 def _timed_in_turn(candidates: list[Candidate], found: dict[str, Agent]) -> list[Candidate]:
@@ -478,4 +278,4 @@ def _with_budget(agent: Agent, candidate: Candidate) -> Agent:
     planner = _budget(
         agent.config.planner, candidate.samples, candidate.iterations, candidate.horizon
     )
-    return replace(agent, config=replace(agent.config, planner=planner))
+    return agent.with_planner(planner)

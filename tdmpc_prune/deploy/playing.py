@@ -67,7 +67,7 @@ def view(agent: Agent, seed: int) -> Iterator[str]:
     check_sizes(agent.model, env, agent.task)
     step_seconds = _step_seconds(env, agent.task)
     period = 1000 * step_seconds * agent.action_repeat
-    controller = Controller(agent.model, agent.config, seed, observation_layout(env))
+    controller = Controller(agent, seed, observation_layout(env))
     with Viewer(env) as viewer:
         yield KEYS
         while viewer.is_open:
@@ -94,20 +94,7 @@ def view(agent: Agent, seed: int) -> Iterator[str]:
 def measure(agent: Agent, episodes: int, seed: int) -> Evaluation:
     """Play episodes without pictures, all at once."""
     with tqdm(desc="playing", unit=" decisions", leave=False, disable=None) as bar:
-
-        def decided() -> bool:
-            bar.update()
-            return False
-
-        return evaluate(
-            agent.model,
-            agent.config,
-            agent.task,
-            agent.action_repeat,
-            episodes,
-            seed,
-            interrupted=decided,
-        )
+        return evaluate(agent, episodes, seed, on_decision=bar.update)
 
 
 def record(agent: Agent, episodes: int, seed: int, path: Path) -> Evaluation:
@@ -120,7 +107,7 @@ def record(agent: Agent, episodes: int, seed: int, path: Path) -> Evaluation:
     env = make_env(agent.task, action_repeat=1, render_mode="rgb_array")
     check_sizes(agent.model, env, agent.task)
     step_seconds = _step_seconds(env, agent.task)
-    controller = Controller(agent.model, agent.config, seed, observation_layout(env))
+    controller = Controller(agent, seed, observation_layout(env))
     returns, decisions = [], 0
     deciding = drawing = 0.0  # s
     env.reset(seed=seed)
