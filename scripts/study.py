@@ -1,11 +1,10 @@
 """Run a whole study of pruning methods, and report it. `--help` lists every setting."""
 
-from tdmpc_prune.analysis import study
 from tdmpc_prune.analysis.config import StudyCommand
 from tdmpc_prune.command_line import run_sweeps
 
 
-def job(command: StudyCommand, given: list[str]) -> None:
+def main(command: StudyCommand, given: list[str]) -> None:
     """Compare ways to prune: every arm on every task at every sparsity with every seed.
 
     Examples:
@@ -13,8 +12,22 @@ def job(command: StudyCommand, given: list[str]) -> None:
       python scripts/study.py study=full hydra/launcher=joblib hydra.launcher.n_jobs=2
       python scripts/study.py report=studies/full/results.csv
     """
+    from tdmpc_prune.analysis import study
+
     study.run_job(command.study, study.all_jobs(command.study)[command.job])
 
 
+def sweeps(command: StudyCommand):
+    from tdmpc_prune.analysis import study
+
+    return study.sweeps(command)
+
+
+def conclude(command: StudyCommand) -> None:
+    from tdmpc_prune.analysis import study
+
+    study.conclude(command)
+
+
 if __name__ == "__main__":
-    run_sweeps("study", job, study.sweeps, study.conclude)
+    run_sweeps(StudyCommand, main, sweeps, conclude)

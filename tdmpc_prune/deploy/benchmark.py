@@ -210,7 +210,7 @@ def gain(agent: Agent, parent: Agent, episodes: int, seed: int, repeats: int) ->
     Raises:
         UserError: nothing is to be played, and the parent has no return on file.
     """
-    published = replace(parent.config, planner=PRESETS["paper"].planner)
+    published = replace(parent.config, planner=PRESETS["paper"].value.planner)
     dense = replace(parent, config=published)
     recorded = recorded_returns(parent)
     if not episodes and not recorded:
