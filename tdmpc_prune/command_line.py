@@ -21,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from envs import DisplayError, TaskError
@@ -56,9 +56,7 @@ def run_command(schema: type, main: Main) -> None:
         if arguments.multirun:
             sweep(arguments, main)
         else:
-            settings = _composed(arguments)
-            set_threads(getattr(settings, "threads", 1))
-            main(settings, arguments.given)
+            _work(main, _composed(arguments), arguments)
 
     _command(schema, main, run)
 
@@ -80,7 +78,7 @@ def run_sweeps(
 
     def run(arguments: Arguments) -> None:
         settings = _composed(arguments)
-        set_threads(getattr(settings, "threads", 1))
+        set_threads(_threads(settings))  # what comes between the sweeps
         for override in sweeps(settings):
             sweep(arguments.swept_over(override), job)
         conclude(settings)
@@ -114,11 +112,17 @@ def _composed(arguments: Arguments) -> Any:
     return arguments.settings(hydra.compose(arguments.known.schema.__name__, arguments.overrides))
 
 
+def _work(main: Main, settings: Any, arguments: Arguments) -> None:
+    set_threads(_threads(settings))
+    main(settings, arguments.given)
+
+
+def _threads(settings: Any) -> int:
+    return getattr(settings, "threads", 1)
+
+
 # Hydra writes no folders or logs of its own: a run's folder holds all that there is of it.
-_NO_LOGS = [
-    {"override hydra/job_logging": "disabled"},
-    {"override hydra/hydra_logging": "disabled"},
-]
+_NO_LOGS = [{f"override hydra/{kind}_logging": "disabled"} for kind in ("job", "hydra")]
 _NO_FOLDERS = {
     "output_subdir": None,
     "run": {"dir": "."},
@@ -144,7 +148,7 @@ def register(known: Settings) -> None:
             defaults.append({group.name: chosen})
             plain = by_dotted_name(to_plain(group.values[chosen]))
             for part, value in by_dotted_name(to_plain(group.default)).items():
-                if value != plain[part]:
+                if plain.get(part, MISSING) != value:
                     OmegaConf.update(own, f"{group.name}.{part}", value)
     store.store(name, {"defaults": [*defaults, *_NO_LOGS, "_self_"], **own})
 
@@ -243,9 +247,7 @@ def sweep(arguments: Arguments, main: Main) -> None:
                 return Outcome(label, 0, "did not begin")
             try:
                 with stop.working(here=os.getpid() == home):
-                    config = arguments.settings(settings)
-                    set_threads(getattr(config, "threads", 1))
-                    main(config, arguments.given)
+                    _work(main, arguments.settings(settings), arguments)
             except (Stopped, KeyboardInterrupt, SystemExit) as ended:
                 if isinstance(ended, Stopped):
                     _say(str(ended))
