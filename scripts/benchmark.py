@@ -1,5 +1,8 @@
 """Time an agent. `python scripts/benchmark.py --help` lists every setting."""
 
+import json
+from dataclasses import asdict
+
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.deploy.config import BenchmarkConfig
 
@@ -11,9 +14,6 @@ def main(config: BenchmarkConfig, given: list[str]) -> None:
       python scripts/benchmark.py model=paper
       python scripts/benchmark.py checkpoints/cartpole-swingup-fitted
     """
-    import json
-    from dataclasses import asdict
-
     from tdmpc_prune.deploy.benchmark import benchmark, gain
     from tdmpc_prune.errors import UserError
     from tdmpc_prune.machine import choose_device

@@ -1,5 +1,8 @@
 """Evaluate or watch a saved agent. `python scripts/evaluate.py --help` lists every setting."""
 
+import sys
+from pathlib import Path
+
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.deploy.config import EvaluateConfig
 
@@ -12,9 +15,6 @@ def main(config: EvaluateConfig, given: list[str]) -> None:
       python scripts/evaluate.py checkpoints/cartpole-swingup-pruned viewer=true
       python scripts/evaluate.py runs/cartpole-swingup/none/seed1 video=out.mp4 episodes=1
     """
-    import sys
-    from pathlib import Path
-
     from tdmpc_prune.deploy import card as agent_report
     from tdmpc_prune.deploy import playing
     from tdmpc_prune.errors import UserError

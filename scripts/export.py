@@ -1,5 +1,7 @@
 """Export a saved agent to ONNX. `python scripts/export.py --help` lists every setting."""
 
+from pathlib import Path
+
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.deploy.config import ExportConfig
 
@@ -10,8 +12,6 @@ def main(config: ExportConfig, given: list[str]) -> None:
     Examples:
       python scripts/export.py checkpoints/cartpole-swingup-fitted
     """
-    from pathlib import Path
-
     from tdmpc_prune.deploy.export import CHECKED, export
     from tdmpc_prune.saving.agents import load_agent
     from tdmpc_prune.settings import typed

@@ -1,5 +1,8 @@
 """Fit an agent to a control rate. `python scripts/fit.py --help` lists every setting."""
 
+import sys
+from dataclasses import replace
+
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.deploy.config import FitConfig
 
@@ -10,9 +13,6 @@ def main(config: FitConfig, given: list[str]) -> None:
     Examples:
       python scripts/fit.py runs/cartpole-swingup/bayesian/seed1 rate_hz=200
     """
-    import sys
-    from dataclasses import replace
-
     from tdmpc_prune.deploy import fit
     from tdmpc_prune.errors import UserError
     from tdmpc_prune.saving.run_folder import command_line

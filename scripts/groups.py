@@ -1,5 +1,7 @@
 """Show an agent's prunable groups. `python scripts/groups.py --help` lists every setting."""
 
+import json
+
 from tdmpc_prune.analysis.config import GroupsConfig
 from tdmpc_prune.command_line import run_command
 
@@ -11,8 +13,6 @@ def main(config: GroupsConfig, given: list[str]) -> None:
       python scripts/groups.py task=cartpole-swingup model=paper
       python scripts/groups.py checkpoints/cartpole-swingup-pruned
     """
-    import json
-
     from tdmpc_prune.analysis.groups import agent_groups
     from tdmpc_prune.saving.files import write_file
     from tdmpc_prune.words import narrowed

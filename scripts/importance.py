@@ -1,5 +1,7 @@
 """Show how importance moved during a pruning run. `--help` lists every setting."""
 
+from pathlib import Path
+
 from tdmpc_prune.analysis.config import ImportanceConfig
 from tdmpc_prune.command_line import run_command
 
@@ -10,8 +12,6 @@ def main(config: ImportanceConfig, given: list[str]) -> None:
     Examples:
       python scripts/importance.py runs/cartpole-swingup/bayesian/seed1
     """
-    from pathlib import Path
-
     from tdmpc_prune.saving.files import check_folder, png, write_file
     from tdmpc_prune.saving.run_folder import beside, run_folder
     from tdmpc_prune.training import importance_history

@@ -1,5 +1,9 @@
 """Find how much to prune from each group. `--help` lists every setting."""
 
+import json
+from dataclasses import asdict
+from pathlib import Path
+
 from tdmpc_prune.analysis.config import CoefficientsConfig
 from tdmpc_prune.command_line import run_command
 
@@ -11,10 +15,6 @@ def main(config: CoefficientsConfig, given: list[str]) -> None:
       python scripts/optimize_coefficients.py runs/autoencoder-digits/none/seed1 sparsity=0.8
       python scripts/optimize_coefficients.py runs/cartpole-swingup/none/seed1 method=grid
     """
-    import json
-    from dataclasses import asdict
-    from pathlib import Path
-
     from tdmpc_prune.analysis.coefficients import optimize, text
     from tdmpc_prune.saving.files import check_folder, write_file
     from tdmpc_prune.saving.run_folder import beside

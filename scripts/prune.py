@@ -1,5 +1,7 @@
 """Prune a finished agent or autoencoder. `python scripts/prune.py --help` lists every setting."""
 
+import sys
+
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.training.config import PruneCheckpointConfig
 
@@ -12,8 +14,6 @@ def main(config: PruneCheckpointConfig, given: list[str]) -> None:
       python scripts/prune.py runs/cartpole-swingup/none/seed1 explain=plan.json
       python scripts/prune.py runs/cartpole-swingup/none/seed1 prune.plan=plan.json
     """
-    import sys
-
     from tdmpc_prune.training import prune_checkpoint
 
     if config.explain:

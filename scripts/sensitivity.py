@@ -1,5 +1,7 @@
 """Measure what each group of a network is worth. `--help` lists every setting."""
 
+import json
+
 from tdmpc_prune.analysis.config import SensitivityConfig
 from tdmpc_prune.command_line import run_command
 
@@ -10,8 +12,6 @@ def main(config: SensitivityConfig, given: list[str]) -> None:
     Examples:
       python scripts/sensitivity.py runs/cartpole-swingup/none/seed1
     """
-    import json
-
     from tdmpc_prune.analysis import sensitivity
     from tdmpc_prune.saving.files import check_folder, write_file
     from tdmpc_prune.saving.run_folder import beside

@@ -1,5 +1,7 @@
 """Judge how stable agents are under compression. `--help` lists every setting."""
 
+import json
+
 from tdmpc_prune.analysis.config import StabilityConfig
 from tdmpc_prune.command_line import run_command
 
@@ -11,8 +13,6 @@ def main(config: StabilityConfig, given: list[str]) -> None:
       python scripts/stability.py runs/cartpole-swingup/bayesian/seed1
       python scripts/stability.py runs/cartpole-swingup/bayesian/seed1 disturb.action_delay=1
     """
-    import json
-
     from tdmpc_prune.analysis import stability
     from tdmpc_prune.saving.files import check_folder, write_file
     from tdmpc_prune.saving.run_folder import beside

@@ -1,5 +1,7 @@
 """Train an agent. `python scripts/train.py --help` lists every setting."""
 
+import sys
+
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.training.config import TrainConfig
 
@@ -13,8 +15,6 @@ def main(config: TrainConfig, given: list[str]) -> None:
       python scripts/train.py resume=runs/cartpole-swingup/bayesian/seed1 env_steps=100000
       python scripts/train.py -m task=cartpole-swingup seed=1,2,3
     """
-    import sys
-
     from tdmpc_prune.training import launch as runs
 
     fresh = not config.resume

@@ -1,5 +1,7 @@
 """Train an autoencoder. `python scripts/train_autoencoder.py --help` lists every setting."""
 
+import sys
+
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.training.config import AutoencoderConfig
 
@@ -11,8 +13,6 @@ def main(config: AutoencoderConfig, given: list[str]) -> None:
       python scripts/train_autoencoder.py prune=bayesian
       python scripts/train_autoencoder.py data=mnist data.dir=<folder with MNIST's IDX files>
     """
-    import sys
-
     from tdmpc_prune.training import autoencoder as autoencoder_training
 
     start, resume = autoencoder_training.start, autoencoder_training.resume
