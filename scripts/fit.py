@@ -4,14 +4,7 @@ import sys
 from dataclasses import replace
 
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.deploy import fit, fit_report
 from tdmpc_prune.deploy.config import FitConfig
-from tdmpc_prune.errors import UserError
-from tdmpc_prune.machine import set_threads
-from tdmpc_prune.saving.run_folder import command_line
-from tdmpc_prune.training import launch as runs
-from tdmpc_prune.training import prune_checkpoint
-from tdmpc_prune.words import narrowed
 
 
 def main(config: FitConfig, given: list[str]) -> None:
@@ -20,6 +13,13 @@ def main(config: FitConfig, given: list[str]) -> None:
     Examples:
       python scripts/fit.py runs/cartpole-swingup/bayesian/seed1 rate_hz=200
     """
+    from tdmpc_prune.deploy import fit, fit_report
+    from tdmpc_prune.errors import UserError
+    from tdmpc_prune.saving.run_folder import command_line
+    from tdmpc_prune.training import launch as runs
+    from tdmpc_prune.training import prune_checkpoint
+    from tdmpc_prune.words import narrowed
+
     folder = fit.free_folder(config)
     fit.dense_agent(config)  # or nothing is begun
     if cutting := fit.cutting(config):
@@ -28,7 +28,6 @@ def main(config: FitConfig, given: list[str]) -> None:
         config = replace(config, checkpoint=str(trainer.run_dir))
     elif idle := config.idle_uncut(given):
         raise UserError(f"{idle.name} has no effect {idle.reason}; add {idle.needed}")
-    set_threads(config.threads)
     found = fit.fit(config, folder, command_line(sys.argv))
     print(narrowed(fit_report.table(found)) if found.played else "no candidate is fast enough")
     if found.fitted is None:
@@ -39,4 +38,4 @@ def main(config: FitConfig, given: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command("fit", main)
+    run_command(FitConfig, main)

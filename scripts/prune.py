@@ -3,7 +3,6 @@
 import sys
 
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.training import prune_checkpoint
 from tdmpc_prune.training.config import PruneCheckpointConfig
 
 
@@ -15,6 +14,8 @@ def main(config: PruneCheckpointConfig, given: list[str]) -> None:
       python scripts/prune.py runs/cartpole-swingup/none/seed1 explain=plan.json
       python scripts/prune.py runs/cartpole-swingup/none/seed1 prune.plan=plan.json
     """
+    from tdmpc_prune.training import prune_checkpoint
+
     if config.explain:
         plan = prune_checkpoint.explain(config, given)
         print(f"{plan.explain()}\n\nwritten to {config.explain}; nothing was cut")
@@ -23,4 +24,4 @@ def main(config: PruneCheckpointConfig, given: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command("prune", main)
+    run_command(PruneCheckpointConfig, main)

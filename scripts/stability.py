@@ -2,12 +2,8 @@
 
 import json
 
-from tdmpc_prune.analysis import stability, stability_report
 from tdmpc_prune.analysis.config import StabilityConfig
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.saving.files import check_folder, write_file
-from tdmpc_prune.saving.run_folder import beside
-from tdmpc_prune.words import narrowed
 
 
 def main(config: StabilityConfig, given: list[str]) -> None:
@@ -17,6 +13,11 @@ def main(config: StabilityConfig, given: list[str]) -> None:
       python scripts/stability.py runs/cartpole-swingup/bayesian/seed1
       python scripts/stability.py runs/cartpole-swingup/bayesian/seed1 disturb.action_delay=1
     """
+    from tdmpc_prune.analysis import stability, stability_report
+    from tdmpc_prune.saving.files import check_folder, write_file
+    from tdmpc_prune.saving.run_folder import beside
+    from tdmpc_prune.words import narrowed
+
     one = isinstance(config.checkpoint, str)
     out = config.out or (beside(config.checkpoint, "stability") if one else "stability")
     check_folder(out, "out")
@@ -33,4 +34,4 @@ def main(config: StabilityConfig, given: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command("stability", main)
+    run_command(StabilityConfig, main)

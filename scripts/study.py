@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 
-from tdmpc_prune.analysis import study
 from tdmpc_prune.analysis.config import StudyCommand
 from tdmpc_prune.command_line import run_sweeps
 
 
-def job(command: StudyCommand, given: list[str]) -> None:
+def main(command: StudyCommand, given: list[str]) -> None:
     """Compare ways to prune: every arm on every task at every sparsity with every seed.
 
     Examples:
@@ -15,12 +14,16 @@ def job(command: StudyCommand, given: list[str]) -> None:
       python scripts/study.py study=full hydra/launcher=joblib hydra.launcher.n_jobs=2
       python scripts/study.py report=studies/full/results.csv
     """
+    from tdmpc_prune.analysis import study
+
     said = study.run_job(command.study, study.all_jobs(command.study)[command.job])
     if said:
         print(said, flush=True)
 
 
 def sweeps(command: StudyCommand) -> Iterator[str]:
+    from tdmpc_prune.analysis import study
+
     for override, far in study.sweeps(command):
         if far:
             print(far)
@@ -28,9 +31,11 @@ def sweeps(command: StudyCommand) -> Iterator[str]:
 
 
 def conclude(command: StudyCommand) -> None:
+    from tdmpc_prune.analysis import study
+
     for text in study.conclude(command):
         print(text)
 
 
 if __name__ == "__main__":
-    run_sweeps("study", job, sweeps, conclude)
+    run_sweeps(StudyCommand, main, sweeps, conclude)

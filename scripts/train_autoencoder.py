@@ -3,20 +3,21 @@
 import sys
 
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.training import autoencoder as autoencoder_training
 from tdmpc_prune.training.config import AutoencoderConfig
 
 
-def train(config: AutoencoderConfig, given: list[str]) -> None:
+def main(config: AutoencoderConfig, given: list[str]) -> None:
     """Train an autoencoder on real images, or go on with a run (resume=<its folder>).
 
     Examples:
       python scripts/train_autoencoder.py prune=bayesian
       python scripts/train_autoencoder.py data=mnist data.dir=<folder with MNIST's IDX files>
     """
+    from tdmpc_prune.training import autoencoder as autoencoder_training
+
     start, resume = autoencoder_training.start, autoencoder_training.resume
     autoencoder_training.finish(resume(config, given) if config.resume else start(config, sys.argv))
 
 
 if __name__ == "__main__":
-    run_command("train_autoencoder", train)
+    run_command(AutoencoderConfig, main)

@@ -1,4 +1,7 @@
-"""The machine that a command runs on: device, threads, and versions for provenance."""
+"""The machine that a command runs on: its device, threads, processes, and what is installed.
+
+PyTorch is imported only where it is needed: a command that is refused has no use for it.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
-
-import torch
-from joblib import Parallel, delayed
-from tqdm import tqdm
+from typing import TYPE_CHECKING, TypeVar
 
 from tdmpc_prune.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
 
 
 def choose_device(name: str) -> torch.device:
@@ -22,6 +26,8 @@ def choose_device(name: str) -> torch.device:
     Raises:
         UserError: CUDA was asked for and is not there.
     """
+    import torch
+
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but PyTorch finds no CUDA device; use device=cpu or auto")
     if name == "auto":
@@ -36,7 +42,34 @@ def set_threads(threads: int) -> None:
     a barrier after every operation, which takes many times longer than the operation itself when
     another process has one of the cores.
     """
+    import torch
+
     torch.set_num_threads(threads)
+
+
+def measure_all(
+    jobs: Iterable[Callable[[], T]], count: int, processes: int, threads: int, doing: str
+) -> list[T]:
+    """What each job returns, in order.
+
+    Args:
+        jobs: can be pickled, results too; made one after another while earlier ones run.
+        count: of jobs.
+        processes: that work at the same time; one works here.
+        threads: CPU threads of each process.
+        doing: for the progress bar.
+    """
+    from joblib import Parallel, delayed
+    from tqdm import tqdm
+
+    parallel = Parallel(n_jobs=processes, return_as="generator")
+    results = parallel(delayed(_done)(job, threads) for job in jobs)
+    return list(tqdm(results, total=count, desc=doing))
+
+
+def _done(job: Callable[[], T], threads: int) -> T:
+    set_threads(threads)
+    return job()
 
 
 def machine() -> str:
@@ -58,28 +91,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-T = TypeVar("T")
-
-
-def measure_all(
-    jobs: Iterable[Callable[[], T]], count: int, processes: int, threads: int, doing: str
-) -> list[T]:
-    """What each job returns, in order.
-
-    Args:
-        jobs: can be pickled, results too; made one after another while earlier ones run.
-        count: of jobs.
-        processes: that work at the same time; one works here.
-        threads: CPU threads of each process.
-        doing: for the progress bar.
-    """
-    parallel = Parallel(n_jobs=processes, return_as="generator")
-    results = parallel(delayed(_done)(job, threads) for job in jobs)
-    return list(tqdm(results, total=count, desc=doing))
-
-
-def _done(job: Callable[[], T], threads: int) -> T:
-    set_threads(threads)
-    return job()

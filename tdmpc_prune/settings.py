@@ -14,12 +14,22 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tdmpc_prune.errors import UserError
 
+RUN_OR_CHECKPOINT = "a run's folder (its newest checkpoint), or a checkpoint"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of the named values that a group of settings can be given: `model=paper`."""
+
+    value: Any  # an instance of the group's dataclass
+    text: str | None  # what it means; None: it is not offered, its command says why
+
 
 def setting(
     default,
     text: str,
     *,
-    choices: Mapping[str, str] | None = None,
+    choices: Mapping[str, Choice] | None = None,
     unused: Iterable[str] = (),
     positional: bool = False,
     formerly: str | None = None,
@@ -29,7 +39,8 @@ def setting(
     Args:
         default: a class or a function is called for each instance.
         text: what it is, in which unit.
-        choices: of a group of settings: name → what it means; the first is the default.
+        choices: of a group of settings, by name; the first is the default, up to what `default`
+            has of its own.
         unused: of a group of settings: those that have no effect in this command.
         positional: whether an argument without a name means it.
         formerly: the name that it had, which may still be typed.
@@ -50,6 +61,12 @@ def require(holds: bool, message: str) -> None:
     """Refuse a configuration whose values contradict each other."""
     if not holds:
         raise UserError(message)
+
+
+def check_machine(device: str, threads: int) -> None:
+    """Refuse a device or thread count that cannot be."""
+    require(device in ("auto", "cpu", "cuda"), f"device={device} must be auto, cpu or cuda")
+    require(threads >= 1, f"threads={threads} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -101,17 +118,15 @@ def typed(script: str, *arguments: str, **settings: Any) -> str:
     return shlex.join(["python", f"scripts/{script}", *arguments, *values])
 
 
-RUN_OR_CHECKPOINT = "a run's folder (its newest checkpoint), or a checkpoint"
+# --- As OmegaConf and JSON have it -----------------------------------------------------------
 
 
-def check_machine(device: str, threads: int) -> None:
-    """Refuse a device or thread count that cannot be."""
-    require(device in ("auto", "cpu", "cuda"), f"device={device} must be auto, cpu or cuda")
-    require(threads >= 1, f"threads={threads} must be at least 1")
+def thawed(config: Any) -> DictConfig:
+    """A configuration for OmegaConf, which makes frozen dataclasses read-only; it may be changed.
 
-
-def _overridable(config: Any) -> DictConfig:
-    """OmegaConf makes frozen dataclasses read-only; a command line has to override them."""
+    Args:
+        config: a dataclass, or an instance of one.
+    """
     node = OmegaConf.structured(config)
 
     def thaw(part: DictConfig) -> None:
@@ -147,7 +162,7 @@ def from_plain(schema: type, values: dict[str, Any]) -> Any:
         UserError: a setting is unknown here or of the wrong type, and which.
     """
     try:
-        merged = OmegaConf.merge(_overridable(schema), OmegaConf.create(values))
+        merged = OmegaConf.merge(thawed(schema), OmegaConf.create(values))
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"{schema.__name__}: {str(error).splitlines()[0]}") from error

@@ -30,7 +30,7 @@ def pruned_run(tmp_path_factory):
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_budgets_are_within_the_agents_own_and_valid(preset):
-    own = PRESETS[preset].planner
+    own = PRESETS[preset].value.planner
     found = fit.budgets(own)
     assert replace(found[0], policy_fraction=own.policy_fraction) == own
     for planner in found:
@@ -46,7 +46,7 @@ def test_the_largest_fast_budgets_are_those_of_brute_force(limit, powers):
         sizes = (planner.samples, planner.iterations, planner.horizon)
         return float(np.prod([size**power for size, power in zip(sizes, powers, strict=True)]))
 
-    agent = Agent(None, PRESETS["default"], "x", 1)
+    agent = Agent(None, PRESETS["default"].value, "x", 1)
     timed = []
 
     def times(agent, repeats):
@@ -87,7 +87,7 @@ def test_the_frontier_is_what_nothing_beats(pairs):
 
 def search_with(returns, monkeypatch, confirmed_ms=4.0, **settings):
     """A search among made-up networks; `returns` maps a network's name to its return."""
-    config = replace(PRESETS["default"], planner=PlannerConfig(samples=64))
+    config = replace(PRESETS["default"].value, planner=PlannerConfig(samples=64))
     agents = {name: Agent(name, config, "x", 1, {}) for name in returns}
     monkeypatch.setattr(Agent, "size", lambda _: {"parameters": 1, "sparsity": 0.0})
 
@@ -153,7 +153,7 @@ def test_candidates_are_confirmed_in_turn(monkeypatch):
         together.append((len(agents), repeats))
         return [[4.0]] * len(agents)
 
-    config = replace(PRESETS["default"], planner=PlannerConfig(samples=64))
+    config = replace(PRESETS["default"].value, planner=PlannerConfig(samples=64))
     agents = {name: Agent(name, config, "x", 1, {}) for name in "abc"}
     monkeypatch.setattr(Agent, "size", lambda _: {"parameters": 1, "sparsity": 0.0})
     monkeypatch.setattr(fit, "decision_milliseconds", times)

@@ -265,7 +265,7 @@ def test_width_that_is_not_a_multiple_of_8():
     """Cut widths are multiples of `round_to`, 8 unless asked otherwise."""
     widths = Widths(5, 1, 50, (256,), (512, 512), (512, 512), (512, 512), ((512, 512),) * 2)
     model = WorldModel(widths)
-    structure = find_groups(agent_computation(model, copy.deepcopy(model), PRESETS["paper"]))
+    structure = find_groups(agent_computation(model, copy.deepcopy(model), PRESETS["paper"].value))
     importance = torch.rand(sum(structure.widths.values())).double().numpy()
     for sparsity in (0.3, 0.77, 0.95):
         for allocation in ALLOCATIONS:
@@ -279,7 +279,7 @@ def test_width_that_is_not_a_multiple_of_8():
 
 
 def test_the_published_agent_has_12_groups_one_of_them_coupling():
-    config = PRESETS["paper"]
+    config = PRESETS["paper"].value
     model = WorldModel(Widths.dense(config.network, 5, 1))
     structure = find_groups(agent_computation(model, copy.deepcopy(model), config))
     assert len(structure.groups) == 12

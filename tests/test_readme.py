@@ -63,8 +63,8 @@ def test_every_command_of_a_page_is_understood(page, tmp_path, monkeypatch):
     compose = command_line.run_command
     understood = []
 
-    def without_work(name, function, *sweeps):
-        compose(name, lambda config, given: understood.append(config))
+    def without_work(schema, main, *sweeps):
+        compose(schema, lambda config, given: understood.append(config))
 
     monkeypatch.setattr(command_line, "run_command", without_work)
     monkeypatch.setattr(command_line, "run_sweeps", without_work)

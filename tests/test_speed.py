@@ -34,7 +34,7 @@ def ratio(plain, fast, repeats=9):
 def test_not_slower_than_the_plain_implementation(preset):
     """Slow: seconds per call at paper size. Prints the ratios (-s)."""
     torch.set_num_threads(1)
-    config = PRESETS[preset]
+    config = PRESETS[preset].value
     generator = torch.Generator().manual_seed(0)
     model = WorldModel(Widths.dense(config.network, 5, 1), generator)
     other = copy.deepcopy(model)

@@ -45,13 +45,13 @@ TINY = [
 
 
 def config(tmp_path, **changes):
-    small = replace(STUDIES["quick"], model=AGENT, tasks=["gym:tests.synthetic:Reach-v0"])
+    small = replace(STUDIES["quick"].value, model=AGENT, tasks=["gym:tests.synthetic:Reach-v0"])
     small = replace(small, start_env_steps=100, env_steps=40, eval_every=20, episodes=2)
     return replace(small, seeds=[1], sparsities=[0.5], out=str(tmp_path / "out"), **changes)
 
 
 def test_jobs_are_the_product_and_every_folder_is_its_own():
-    full = STUDIES["full"]
+    full = STUDIES["full"].value
     starts, arms = study.jobs(full)
     assert len(starts) == len(full.tasks) * len(full.seeds)
     cut = len(full.arms) - 1  # all but dense have a run for every sparsity

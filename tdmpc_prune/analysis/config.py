@@ -1,4 +1,4 @@
-""
+"""Everything that can be set about an analysis: groups, coefficients, sensitivity, studies, …"""
 
 from __future__ import annotations
 
@@ -10,11 +10,23 @@ from typing import Any
 from omegaconf import MISSING
 
 from envs import task_name
-from tdmpc_prune.agent.config import MODELS, AgentConfig, PlannerConfig
-from tdmpc_prune.agent.config import LearningConfig as AgentLearningConfig
-from tdmpc_prune.agent.config import NetworkConfig as AgentNetworkConfig
+from tdmpc_prune.agent.config import (
+    PRESETS,
+    AgentConfig,
+    LearningConfig,
+    NetworkConfig,
+    PlannerConfig,
+)
 from tdmpc_prune.pruning.config import ALLOCATIONS, METRICS, RANKINGS, PruneConfig
-from tdmpc_prune.settings import RUN_OR_CHECKPOINT, Idle, among, check_machine, require, setting
+from tdmpc_prune.settings import (
+    RUN_OR_CHECKPOINT,
+    Choice,
+    Idle,
+    among,
+    check_machine,
+    require,
+    setting,
+)
 
 # What has no effect where units are only ranked, and where a dense agent is only counted.
 _OF_CUTS = (
@@ -40,7 +52,7 @@ class GroupsConfig:
     )
     task: str = setting("cartpole-swingup", "whose observations and actions a dense agent gets")
     model: AgentConfig = setting(
-        AgentConfig, "the dense agent", choices=MODELS, unused=_NOT_COUNTED
+        AgentConfig, "the dense agent", choices=PRESETS, unused=_NOT_COUNTED
     )
     json: str | None = setting(None, "file to write the groups to")
 
@@ -57,17 +69,9 @@ COEFFICIENT_METHODS = ("gradient", "grid", "global", "uniform")
 
 
 @dataclass(frozen=True)
-class CoefficientsConfig:
-    """A search for how much to take from each group."""
+class SearchConfig:
+    """How coefficients are searched for, whether one search is made or several are compared."""
 
-    checkpoint: str = setting(
-        MISSING, f"{RUN_OR_CHECKPOINT}, of an agent or an autoencoder", positional=True
-    )
-    method: str = setting(
-        "gradient",
-        "gradient, or grid: search for the coefficients; or, to compare, global or uniform",
-    )
-    sparsity: float = setting(0.8, "fraction of its parameters that is to go")
     tolerance: float = setting(0.01, "by which the sparsity may be exceeded")
     largest: float = setting(0.8, "coefficient that a group may have (c_max)")
     budget: int = setting(100, "grid: most evaluations of the score")
@@ -82,18 +86,8 @@ class CoefficientsConfig:
     )
     seed: int = setting(1, "of the batches")
     threads: int = setting(1, "CPU threads")
-    out: str | None = setting(
-        None,
-        "file for the plan; null takes <method>-<sparsity>.json in the run's folder. Results go "
-        "beside it",
-    )
 
     def __post_init__(self):
-        require(
-            self.method in COEFFICIENT_METHODS,
-            f"method={self.method} must be one of {', '.join(COEFFICIENT_METHODS)}",
-        )
-        require(0 < self.sparsity < 1, f"sparsity={self.sparsity} must lie in (0, 1)")
         require(0 < self.tolerance < 1, f"tolerance={self.tolerance} must lie in (0, 1)")
         require(0 < self.largest <= 1, f"largest={self.largest} must lie in (0, 1]")
         require(self.episodes >= 1, f"episodes={self.episodes} must be at least 1")
@@ -106,6 +100,33 @@ class CoefficientsConfig:
         require(not self.prune.budgets, "prune.budgets is not known to a search for coefficients")
         check_machine("cpu", self.threads)
 
+
+@dataclass(frozen=True)
+class CoefficientsConfig(SearchConfig):
+    """A search for how much to take from each group."""
+
+    checkpoint: str = setting(
+        MISSING, f"{RUN_OR_CHECKPOINT}, of an agent or an autoencoder", positional=True
+    )
+    method: str = setting(
+        "gradient",
+        "gradient, or grid: search for the coefficients; or, to compare, global or uniform",
+    )
+    sparsity: float = setting(0.8, "fraction of its parameters that is to go")
+    out: str | None = setting(
+        None,
+        "file for the plan; null takes <method>-<sparsity>.json in the run's folder. Results go "
+        "beside it",
+    )
+
+    def __post_init__(self):
+        require(
+            self.method in COEFFICIENT_METHODS,
+            f"method={self.method} must be one of {', '.join(COEFFICIENT_METHODS)}",
+        )
+        require(0 < self.sparsity < 1, f"sparsity={self.sparsity} must lie in (0, 1)")
+        super().__post_init__()
+
     def idle(self, given: Sequence[str]) -> Idle | None:
         """A given setting without effect."""
         for name, method in (("budget", "grid"), ("steps", "gradient")):
@@ -115,7 +136,7 @@ class CoefficientsConfig:
 
 
 @dataclass(frozen=True)
-class CompareCoefficientsConfig:
+class CompareCoefficientsConfig(SearchConfig):
     """A comparison of ways to choose how much to take from each group, at equal sparsity."""
 
     checkpoint: list[str] = setting(
@@ -125,37 +146,19 @@ class CompareCoefficientsConfig:
         formerly="checkpoints",
     )
     sparsities: list[float] = setting(lambda: [0.5, 0.8, 0.9], "at which to compare")
-    tolerance: float = setting(0.01, "by which a sparsity may be exceeded")
-    largest: float = setting(0.8, "coefficient that a group may have (c_max)")
-    budget: int = setting(100, "grid: most evaluations of the score")
-    steps: int = setting(400, "gradient: steps of the descent, each on the loss of one batch")
-    fine_tuning: int = setting(500, "after the cut: updates, or an agent's env steps")
-    episodes: int = setting(5, "of an agent: per measurement of its return")
     prune: PruneConfig = setting(
         lambda: PruneConfig(method="bayesian", min_width=2),
         "floors; every arm has its own ranking",
         unused=("method", *_OF_CUTS, "compare"),
     )
-    seed: int = setting(1, "of the batches")
-    threads: int = setting(1, "CPU threads")
     out: str = setting("coefficients", "of the files <out>.md and <out>.csv")
 
     def __post_init__(self):
         require(self.checkpoint != [], "checkpoint=[] names none")
         require(self.sparsities != [], "sparsities=[] names none")
-        for sparsity in self.sparsities:  # refuses what one search would refuse
-            CoefficientsConfig(
-                checkpoint="",
-                sparsity=sparsity,
-                tolerance=self.tolerance,
-                largest=self.largest,
-                budget=self.budget,
-                steps=self.steps,
-                fine_tuning=self.fine_tuning,
-                episodes=self.episodes,
-                prune=self.prune,
-                threads=self.threads,
-            )
+        for sparsity in self.sparsities:
+            require(0 < sparsity < 1, f"sparsity={sparsity} must lie in (0, 1)")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -333,23 +336,25 @@ class StudyConfig:
             require(value >= 1, f"study.{name}={value} must be at least 1")
 
 
-STUDIES = {
-    "full": StudyConfig(),
-    "quick": StudyConfig(
-        tasks=["cartpole-balance"],
-        arms=[DENSE, SMALL, REINITIALISED, "random", "magnitude", "bayesian"],
-        sparsities=[0.5, 0.9],
-        seeds=[1, 2],
-        start_env_steps=10_000,
-        env_steps=3_000,
-        episodes=3,
-        model=AgentConfig(
-            network=AgentNetworkConfig(encoder_width=48, latent_width=16, hidden_width=48),
-            planner=PlannerConfig(samples=64, elites=16, iterations=4, schedule_decisions=1_000),
-            learning=AgentLearningConfig(seed_decisions=250, batch=128),
-        ),
-        out="studies/quick",
+_QUICK = StudyConfig(
+    tasks=["cartpole-balance"],
+    arms=[DENSE, SMALL, REINITIALISED, "random", "magnitude", "bayesian"],
+    sparsities=[0.5, 0.9],
+    seeds=[1, 2],
+    start_env_steps=10_000,
+    env_steps=3_000,
+    episodes=3,
+    model=AgentConfig(
+        network=NetworkConfig(encoder_width=48, latent_width=16, hidden_width=48),
+        planner=PlannerConfig(samples=64, elites=16, iterations=4, schedule_decisions=1_000),
+        learning=LearningConfig(seed_decisions=250, batch=128),
     ),
+    out="studies/quick",
+)
+
+STUDIES = {
+    "full": Choice(StudyConfig(), "four tasks, every arm, five sparsities, five seeds"),
+    "quick": Choice(_QUICK, "one task, six arms, two sparsities, two seeds, small networks"),
 }
 
 
@@ -360,10 +365,7 @@ class StudyCommand:
     study: StudyConfig = setting(
         StudyConfig,
         "what is compared",
-        choices={
-            "full": "four tasks, every arm, five sparsities, five seeds",
-            "quick": "one task, six arms, two sparsities, two seeds, small networks",
-        },
+        choices=STUDIES,
     )
     job: int | None = setting(None, "number of the one job to run; null runs all, and reports")
     report: str | None = setting(

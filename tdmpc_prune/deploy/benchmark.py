@@ -209,7 +209,7 @@ def gain(agent: Agent, parent: Agent, episodes: int, seed: int, repeats: int) ->
     Raises:
         UserError: nothing is to be played, and the parent has no return on file.
     """
-    dense = parent.with_planner(PRESETS["paper"].planner)
+    dense = parent.with_planner(PRESETS["paper"].value.planner)
     recorded = recorded_returns(parent)
     if not episodes and not recorded:
         raise UserError("episodes=0, but the dense parent has no return on file")

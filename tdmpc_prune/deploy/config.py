@@ -1,4 +1,4 @@
-""
+"""Everything that can be set about playing, fitting, exporting and timing an agent."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from omegaconf import MISSING
 
 from envs import task_name
-from tdmpc_prune.agent.config import MODELS, AgentConfig
+from tdmpc_prune.agent.config import PRESETS, AgentConfig
 from tdmpc_prune.pruning.config import RANKINGS, PruneConfig
 from tdmpc_prune.settings import RUN_OR_CHECKPOINT, Idle, among, check_machine, require, setting
-from tdmpc_prune.training.config import PruneCheckpointConfig, _clipped
+from tdmpc_prune.training.config import PruneCheckpointConfig
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,9 @@ class FitConfig:
         """A given setting without effect."""
         if self.env_steps == 0:
             return self.idle_uncut(given)
-        return self.prune.idle(given) or _clipped(self, PruneCheckpointConfig.eval_episodes, given)
+        return self.prune.idle(given) or self.prune.clipped(
+            given, PruneCheckpointConfig.eval_episodes
+        )
 
     def idle_uncut(self, given: Sequence[str]) -> Idle | None:
         """The same, where the networks are taken as they are."""
@@ -144,7 +146,7 @@ class BenchmarkConfig:
         positional=True,
     )
     task: str = setting("cartpole-swingup", "the task whose observations and actions to use")
-    model: AgentConfig = setting(AgentConfig, "the new agent", choices=MODELS)
+    model: AgentConfig = setting(AgentConfig, "the new agent", choices=PRESETS)
     episodes: int = setting(
         20, "episodes that both of them play; 0 quotes the parent's return on file"
     )

@@ -1,7 +1,4 @@
-"""What can be set on each command line, and the named choices that Hydra offers for it.
-
-The dataclasses are the only declaration of a setting: its type, default and documentation.
-"""
+"""Everything that can be set about a run: training an agent or an autoencoder, pruning either."""
 
 from __future__ import annotations
 
@@ -12,23 +9,12 @@ from typing import Any, ClassVar
 from omegaconf import MISSING
 
 from envs import task_name
-from tdmpc_prune.agent.config import MODELS, AgentConfig
+from tdmpc_prune.agent.config import PRESETS, AgentConfig
 from tdmpc_prune.autoencoder.config import IMAGES, DataConfig
 from tdmpc_prune.autoencoder.config import LearningConfig as AutoencoderLearningConfig
 from tdmpc_prune.autoencoder.config import NetworkConfig as AutoencoderNetworkConfig
 from tdmpc_prune.pruning.config import METHODS, RANKINGS, PruneConfig
 from tdmpc_prune.settings import RUN_OR_CHECKPOINT, Idle, among, check_machine, require, setting
-
-
-def _clipped(config: Any, eval_episodes: int, given: Sequence[str]) -> Idle | None:
-    """Episodes around a cut that are more than an evaluation has."""
-    if "prune.eval_episodes" in given and config.prune.eval_episodes > eval_episodes:
-        return Idle(
-            "prune.eval_episodes",
-            f"above eval_episodes={eval_episodes}",
-            f"eval_episodes={config.prune.eval_episodes}",
-        )
-    return None
 
 
 def _not_gathered(config: Any, given: Sequence[str]) -> Idle | None:
@@ -64,7 +50,7 @@ class TrainConfig:
     run_dir: str | None = setting(
         None, "folder of the run; null takes runs/<task>/<prune>/seed<seed>"
     )
-    model: AgentConfig = setting(AgentConfig, "the agent", choices=MODELS)
+    model: AgentConfig = setting(AgentConfig, "the agent", choices=PRESETS)
     resume: str | None = setting(
         None, "folder of a run to go on with; only env_steps, device and threads may be changed"
     )
@@ -100,7 +86,7 @@ class TrainConfig:
             _not_pruned(self, given)
             or _not_gathered(self, given)
             or self.prune.idle(given)
-            or _clipped(self, self.eval_episodes, given)
+            or self.prune.clipped(given, self.eval_episodes)
         )
 
 
@@ -194,4 +180,4 @@ class PruneCheckpointConfig:
             name := among(given, *of_runs, *(f"prune.{n}" for n in (*of_cuts, "compare")))
         ):
             return Idle(name, "with explain=…, which plans one cut and runs nothing")
-        return self.prune.idle(given) or _clipped(self, self.eval_episodes, given)
+        return self.prune.idle(given) or self.prune.clipped(given, self.eval_episodes)
