@@ -203,7 +203,7 @@ def test_a_cut_that_fails_changes_nothing(monkeypatch, failure):
     import tdmpc_prune.pruning.surgery as surgery
 
     select = surgery._select
-    monkeypatch.setattr(surgery, "_select" if failure == "select" else "find_groups", fail)
+    monkeypatch.setattr(surgery, "_select" if failure == "select" else "groups_left", fail)
     with pytest.raises(SurgeryError):
         commit(plan, structure, ties, agent.optimisers)
     after = state_of(agent)
@@ -295,7 +295,7 @@ def test_a_loss_from_before_a_cut_that_was_undone_is_still_good(monkeypatch):
     expected = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
     loss = net(x).sum()
-    monkeypatch.setattr(surgery, "find_groups", lambda _: 1 / 0)
+    monkeypatch.setattr(surgery, "groups_left", lambda *_: 1 / 0)
     with pytest.raises(SurgeryError, match=r"'0' cannot be cut, and nothing was: .*division"):
         commit(make_plan(structure, {"0": [0]}), structure, ties)
     loss.backward()

@@ -10,8 +10,8 @@ import numpy as np
 
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning.config import PruneConfig
-from tdmpc_prune.pruning.groups import Group, Structure
 from tdmpc_prune.pruning.plan import Plan, plan_of
+from tdmpc_prune.pruning.structure import Group, Structure
 
 
 def make_plan(

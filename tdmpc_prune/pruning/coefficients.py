@@ -27,8 +27,8 @@ from torch.overrides import TorchFunctionMode
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning.allocation import width_floors
 from tdmpc_prune.pruning.config import PruneConfig
-from tdmpc_prune.pruning.groups import Structure
 from tdmpc_prune.pruning.plan import Plan, plan_of
+from tdmpc_prune.pruning.structure import Structure
 
 Objective = Callable[[dict[str, nn.Module]], Tensor]  # networks → the loss of one batch
 Metric = Callable[[Plan], float]  # a plan → the task metric of the network cut by it; higher wins

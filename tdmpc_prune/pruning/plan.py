@@ -19,7 +19,7 @@ import numpy as np
 from tabulate import tabulate
 
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.pruning.groups import Structure
+from tdmpc_prune.pruning.structure import Structure
 
 FORMAT = "tdmpc_prune plan"
 
