@@ -28,6 +28,8 @@ from tdmpc_prune.pruning.rules import UnknownOperation, find_rule
 from tdmpc_prune.pruning.ties import Number, Running, Ties, Trace
 
 _TO_BE_FILLED = {"zeros", "ones", "full", "empty"}  # operations that make a tensor
+# What arange counts to are sizes; PyTorch calls detach where somebody else holds a new tensor.
+_NO_ARITHMETIC = {"arange", "detach"}
 
 
 def trace(computation: Computation) -> Trace:
@@ -229,7 +231,7 @@ class Watcher(TorchDispatchMode):
 
     def _note_numbers(self, func, args: tuple, kwargs: dict) -> None:
         """Remember what enters an operation's arithmetic beside tensors; sizes do not."""
-        if func.overloadpacket.__name__ == "arange":  # its ends are sizes
+        if func.overloadpacket.__name__ in _NO_ARITHMETIC:
             return
         values: list[float] = []
         for place, name in _arithmetic_arguments(func):
