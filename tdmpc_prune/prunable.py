@@ -1,4 +1,4 @@
-"""Components: the named parts of an agent, as tags on its modules.
+"""What networks offer to be pruned: components, a computation, and a learner with hooks.
 
 A component is what compression is counted and budgeted by: `encoder`, `dynamics`, `reward`,
 `q_ensemble.0`, `policy`. Every module that owns parameters carries the tag of exactly one, as its
@@ -7,11 +7,16 @@ attribute `component`. Nothing here knows what the components do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# Called as `hook(loss, parameters)` between the backward pass of a loss and its optimiser's step:
+# the loss's name, and the parameters that it trains, by name, with `.grad` filled.
+GradientHook = Callable[[str, Sequence[tuple[str, nn.Parameter]]], None]
 
 
 def tag(module: nn.Module, component: str) -> nn.Module:
@@ -53,3 +58,22 @@ class Computation:
     networks: dict[str, nn.Module]
     run: Callable[[dict[str, nn.Module]], Any]
     cost: Callable[[dict[str, nn.Module]], Any] | None = None
+
+
+class Learner(Protocol):
+    """What learns, and may be pruned meanwhile.
+
+    Attributes:
+        model: the network that is counted.
+        optimisers: by the name of the loss that each follows.
+        gradient_hooks: called at every update, once for each loss.
+        updates: done so far.
+    """
+
+    model: nn.Module
+    optimisers: dict[str, Optimizer]
+    gradient_hooks: list[GradientHook]
+    updates: int
+
+    def state(self) -> dict[str, Tensor]:
+        """All that it needs to go on, but the model's weights."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tdmpc_prune.autoencoder.model import Autoencoder
+from tdmpc_prune.prunable import GradientHook
 
 _LOSS = "reconstruction_loss"
 
@@ -22,7 +21,7 @@ class AutoencoderLearner:
 
     def __init__(self, model: Autoencoder, learning_rate: float):
         self.model = model
-        self.gradient_hooks: list[Callable] = []
+        self.gradient_hooks: list[GradientHook] = []
         self.updates = 0
         self._named = list(model.named_parameters())
         optimiser = torch.optim.Adam([p for _, p in self._named], lr=learning_rate, fused=True)
