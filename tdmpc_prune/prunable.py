@@ -1,4 +1,4 @@
-"""Components: the named parts of an agent, as tags on its modules.
+"""What networks offer to be pruned: components, a computation, and a learner with hooks.
 
 A component is what compression is counted and budgeted by: `encoder`, `dynamics`, `reward`,
 `q_ensemble.0`, `policy`. Every module that owns parameters carries the tag of exactly one, as its
@@ -11,8 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# Called as `hook(loss, parameters)` between the backward pass of a loss and its optimiser's step:
+# the loss's name, and the parameters that it trains, by name, with `.grad` filled.
+GradientHook = Callable[[str, Sequence[tuple[str, nn.Parameter]]], None]
 
 
 def tag(module: nn.Module, component: str) -> nn.Module:
@@ -56,20 +60,20 @@ class Computation:
     cost: Callable[[dict[str, nn.Module]], Any] | None = None
 
 
-GradientHook = Callable[[str, Sequence[tuple[str, nn.Parameter]]], None]
-
-
 class Learner(Protocol):
-    """What learns, and is pruned meanwhile.
+    """What learns, and may be pruned meanwhile.
 
-    A hook in `gradient_hooks` is called as `hook(loss, parameters)` after each backward pass and
-    before the optimiser's step, with the loss's name and the named parameters that it trains.
+    Attributes:
+        model: the network that is counted.
+        optimisers: by the name of the loss that each follows.
+        gradient_hooks: called at every update, once for each loss.
+        updates: done so far.
     """
 
-    model: nn.Module  # the network that is counted
-    optimisers: dict[str, torch.optim.Optimizer]
+    model: nn.Module
+    optimisers: dict[str, Optimizer]
     gradient_hooks: list[GradientHook]
-    updates: int  # so far
+    updates: int
 
     def state(self) -> dict[str, Tensor]:
         """All that it needs to go on, but the model's weights."""

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from tdmpc_prune.analysis.subject import load_subject
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.prunable import Computation, tag
-from tdmpc_prune.pruning import coefficients as soft
+from tdmpc_prune.pruning.coefficients import Ranking, by_gradient, by_grid
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
 from tdmpc_prune.pruning.plan import Plan
+from tdmpc_prune.pruning.soft_masks import masked
 from tdmpc_prune.pruning.surgery import commit
 from tdmpc_prune.saving.agents import load_agent
 from tdmpc_prune.saving.autoencoders import load_autoencoder
@@ -50,7 +51,7 @@ def test_hard_masks_are_the_cut_for_every_kind_of_group(seed):
         if names[width] in masks:
             masks[names[width]] = kept.double()
     latent = agent.world.widths["latent"].channel_mask(keep["latent"])
-    found = soft.masked(
+    found = masked(
         lambda networks: torch.stack(losses(networks["model"], networks["target"], data, latent)),
         {"model": agent.world, "target": agent.target},
         structure,
@@ -94,7 +95,7 @@ def branches():
     structure = find_groups(ties)
     density = np.tile(np.arange(24.0), 2)
     config = PruneConfig(method="magnitude", min_width=2)
-    ranking = soft.Ranking(structure, density, config, structure.parameters())
+    ranking = Ranking(structure, density, config, structure.parameters())
 
     def metric(plan):
         cut = copy.deepcopy(model)
@@ -109,11 +110,11 @@ def branches():
 @pytest.mark.parametrize("sparsity", [0.2, 0.4])
 def test_both_searches_take_from_the_branch_that_does_nothing(branches, sparsity):
     model, _, ranking, objective, metric = branches
-    by_gradient = soft.by_gradient(ranking, {"model": model}, objective, sparsity, 100)
-    by_grid, evaluations = soft.by_grid(ranking, metric, sparsity, 0.02, budget=60)
+    descended = by_gradient(ranking, {"model": model}, objective, sparsity, 100)
+    searched, evaluations = by_grid(ranking, metric, sparsity, 0.02, budget=60)
     assert 5 < evaluations <= 60
-    uniform = ranking.plan(dict.fromkeys(by_grid, sparsity), sparsity, 0.02, "uniform")
-    for found in (by_gradient, by_grid):
+    uniform = ranking.plan(dict.fromkeys(searched, sparsity), sparsity, 0.02, "uniform")
+    for found in (descended, searched):
         plan = ranking.plan(found, sparsity, 0.02, "x")
         assert sparsity <= plan.achieved <= sparsity + 0.02
         assert found["useless.0"] > 2 * found["useful.0"]
@@ -124,10 +125,10 @@ def test_both_searches_take_from_the_branch_that_does_nothing(branches, sparsity
 def test_a_small_budget_is_shared_between_the_coarse_grid_and_the_finer_ones(branches):
     _, _, ranking, _, metric = branches
     asked = []
-    soft.by_grid(ranking, lambda plan: asked.append(plan) or metric(plan), 0.3, 0.02, budget=8)
+    by_grid(ranking, lambda plan: asked.append(plan) or metric(plan), 0.3, 0.02, budget=8)
     assert len(asked) == 8
     coarse = []
-    soft.by_grid(ranking, lambda plan: coarse.append(plan.widths_after) or 0.0, 0.3, 0.02, 1_000)
+    by_grid(ranking, lambda plan: coarse.append(plan.widths_after) or 0.0, 0.3, 0.02, 1_000)
     first = [plan.widths_after for plan in asked[:4]]
     assert first == coarse[:4]  # the nine coarse points would have taken all of it
     assert any(plan.widths_after not in coarse[:9] for plan in asked[4:])
@@ -194,15 +195,15 @@ def test_the_loss_of_a_subject_feels_every_group(trained, kind):
     widths = subject.structure.widths
 
     def loss(masks):
-        return soft.masked(subject.loss, subject.networks, subject.structure, masks)
+        return masked(subject.loss, subject.networks, subject.structure, masks)
 
     whole = loss({name: torch.ones(width) for name, width in widths.items()})
     if kind == "agent":
         assert whole.item() == pytest.approx(1e-3, abs=1e-4)
     masks = {name: torch.full((width,), 0.3, requires_grad=True) for name, width in widths.items()}
-    masked = loss(masks)
-    assert masked.item() > 1.5 * whole.item()
-    gradients = torch.autograd.grad(masked, list(masks.values()))
+    half = loss(masks)
+    assert half.item() > 1.5 * whole.item()
+    gradients = torch.autograd.grad(half, list(masks.values()))
     reached = {n for n, g in zip(masks, gradients, strict=True) if g.abs().max() > 1e-6}
     # The smallest Q decides, and that may be the same member everywhere.
     members = {n for n in widths if n.startswith("q_ensemble")}
@@ -215,7 +216,7 @@ def test_a_search_is_not_judged_by_what_it_chose_from(trained, kind):
     prune = PruneConfig(method="magnitude", min_width=2, compare=False, gather_updates=1)
     subject = load_subject(str(trained / kind), prune, episodes=2, seed=1)
     dense = subject.structure.parameters()
-    ranking = soft.Ranking(subject.structure, subject.densities["magnitude"], prune, dense)
+    ranking = Ranking(subject.structure, subject.densities["magnitude"], prune, dense)
     plan = ranking.plan(dict.fromkeys(subject.structure.widths, 0.3), 0.3, 0.1, "x")
     scores = [subject.measurement(plan, searching=s)().mean for s in (False, False, True)]
     assert scores[0] == scores[1] != scores[2]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +21,9 @@ from tdmpc_prune.agent.config import LearningConfig, PlannerConfig
 from tdmpc_prune.agent.replay import Batch
 from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.errors import NonFiniteLoss
+from tdmpc_prune.prunable import GradientHook
 
 _LARGEST_LOSS = 1e4  # each loss term of a sequence, and its priority, is cut off here
-
-GradientHook = Callable[[str, Sequence[tuple[str, nn.Parameter]]], None]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 
 from tdmpc_prune.autoencoder.model import Autoencoder
 from tdmpc_prune.errors import NonFiniteLoss
+from tdmpc_prune.prunable import GradientHook
 
 _LOSS = "reconstruction_loss"
 
@@ -24,7 +24,7 @@ class AutoencoderLearner:
 
     def __init__(self, model: Autoencoder, learning_rate: float):
         self.model = model
-        self.gradient_hooks: list[Callable] = []
+        self.gradient_hooks: list[GradientHook] = []
         self.updates = 0
         self._named = list(model.named_parameters())
         optimiser = torch.optim.Adam([p for _, p in self._named], lr=learning_rate, fused=True)

@@ -1,4 +1,12 @@
-""
+"""Choose the units to cut, by their importance per parameter and within limits (ours).
+
+Widths shrink in chunks, so that what is left of a width is a multiple of `round_to`. `global`
+allocation takes, again and again, the chunk with the least importance per parameter, wherever it
+lies; `balanced` does too, but the importance of a chunk grows as its group shrinks: it is divided
+by the share of the group's importance that would be left, so that a group's last units go later
+than their small importance in the whole network would have them go. `uniform` takes the same
+fraction of every group. All stop at the asked sparsity.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +18,8 @@ import numpy as np
 
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning.config import PruneConfig
-from tdmpc_prune.pruning.groups import Group, Structure
 from tdmpc_prune.pruning.plan import Plan, plan_of
+from tdmpc_prune.pruning.structure import Group, Structure
 
 
 def make_plan(

@@ -1,11 +1,7 @@
 """Which units to cut: a plan is a value that can be printed, saved, and carried out later (ours).
 
-Widths shrink in chunks, so that what is left of a width is a multiple of `round_to`. `global`
-allocation takes, again and again, the chunk with the least importance per parameter, wherever it
-lies; `balanced` does too, but the importance of a chunk grows as its group shrinks: it is divided
-by the share of the group's importance that would be left, so that a group's last units go later
-than their small importance in the whole network would have them go. `uniform` takes the same
-fraction of every group. All stop at the asked sparsity.
+Who chooses the units is not its business: `allocation` and `coefficients` make plans, `surgery`
+carries them out.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ import numpy as np
 from tabulate import tabulate
 
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.pruning.groups import Structure
+from tdmpc_prune.pruning.structure import Structure
 
 FORMAT = "tdmpc_prune plan"
 
