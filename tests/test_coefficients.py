@@ -22,12 +22,8 @@ from tdmpc_prune.pruning.surgery import commit
 from tdmpc_prune.saving.agents import load_agent
 from tdmpc_prune.saving.autoencoders import load_autoencoder
 from tdmpc_prune.saving.run_folder import read_history
-from tdmpc_prune.training import autoencoder as autoencoder_training
-from tdmpc_prune.training import launch as runs
 from tests.commands import run
 from tests.pruning_zoo import Agent, computation, losses, make_data
-from tests.small import small_config
-from tests.test_autoencoder import small as autoencoder_config
 from tests.test_surgery import choose, close, group_names
 
 
@@ -171,16 +167,6 @@ def test_the_soft_sparsity_is_that_of_the_cut_as_tau_falls(branches):
 
 
 # --- As typed --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A tiny autoencoder and a tiny agent."""
-    folder = tmp_path_factory.mktemp("trained")
-    config = autoencoder_config(folder / "autoencoder", prune=PruneConfig(), updates=100)
-    autoencoder_training.start(config, []).run()
-    runs.start(small_config(folder / "agent"), []).run()
-    return folder
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "agent"])

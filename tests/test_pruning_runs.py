@@ -31,6 +31,8 @@ from tests.commands import REACH, SMALL, run
 from tests.small import PRUNE, pruning_config, small_config
 from tests.test_resume import Killed, assert_same_run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def resume(run_dir):
     return runs.resume(small_config(run_dir, resume=str(run_dir)), ["resume"])
@@ -54,24 +56,9 @@ def assert_same_pruning(ours, theirs):
     assert load_agent(ours).model.widths == load_agent(theirs).model.widths
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """A pruned run that nothing happened to, and the numbers of its steps that prune."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    trainer = runs.start(pruning_config(run_dir), [])
-    steps, pruning = 0, []
-
-    def count(step=trainer.step):
-        nonlocal steps
-        due = trainer.course.due(trainer.progress.env_steps)
-        if due and trainer.episode is None and trainer.progress.updates_due < 1:
-            pruning.append((steps, due))
-        steps += 1
-        return step()
-
-    trainer.step = count
-    trainer.run()
-    return run_dir, pruning
+@pytest.fixture
+def whole_run(pruned_run):
+    return pruned_run
 
 
 def test_a_run_is_pruned_in_steps_and_says_what_each_did(whole_run):
@@ -190,7 +177,7 @@ def returns(monkeypatch, script):
         value = script(sum(p.numel() for p in model.parameters()))
         return Evaluation([value, value], 1, 0.0)
 
-    monkeypatch.setattr("tdmpc_prune.training.evaluate", evaluate)
+    monkeypatch.setattr("tdmpc_prune.training.agent.evaluate", evaluate)
 
 
 def everything(trainer):
@@ -279,6 +266,7 @@ def undoing_config(run_dir, **changes):
     return replace(config, prune=replace(prune, **changes))
 
 
+@pytest.mark.drawn
 def test_an_undone_cut_is_tried_again_smaller_while_there_is_time(tmp_path, monkeypatch, capsys):
     returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
     run_dir = tmp_path / "run"
@@ -383,7 +371,7 @@ def test_what_is_pruned_is_judged_by_the_best_return_so_far(tmp_path, monkeypatc
     def evaluate(*_, **__):
         return Evaluation([next(values)] * 2, 1, 0.0)
 
-    monkeypatch.setattr("tdmpc_prune.training.evaluate", evaluate)
+    monkeypatch.setattr("tdmpc_prune.training.agent.evaluate", evaluate)
     config = undoing_config(tmp_path / "run", start=0.3, end=0.6, max_return_drop=0.1)
     runs.start(config, []).run()
     steps = read_history(tmp_path / "run", "pruning step")
@@ -395,7 +383,8 @@ def test_what_is_pruned_is_judged_by_the_best_return_so_far(tmp_path, monkeypatc
 def test_a_return_that_still_rose_at_the_first_cut_is_said(tmp_path, monkeypatch, capsys):
     values = iter([100.0, 219.0, *[850.0] * 100])
     monkeypatch.setattr(
-        "tdmpc_prune.training.evaluate", lambda *_, **__: Evaluation([next(values)] * 2, 1, 0.0)
+        "tdmpc_prune.training.agent.evaluate",
+        lambda *_, **__: Evaluation([next(values)] * 2, 1, 0.0),
     )
     runs.start(undoing_config(tmp_path / "run"), []).run()
     (warning,) = read_history(tmp_path / "run", "warning")
@@ -419,19 +408,18 @@ def test_a_cut_that_fails_stops_the_run_with_its_networks_whole(tmp_path, monkey
     def fail(*_):
         raise SurgeryError("on purpose")
 
-    monkeypatch.setattr("tdmpc_prune.pruning.course.commit", fail)
+    monkeypatch.setattr("tdmpc_prune.pruning.pruner.commit", fail)
     trainer = runs.start(pruning_config(tmp_path / "run"), [])
     with pytest.raises(RunError, match="cut 1 was undone and the run stopped: on purpose"):
         trainer.run()
     assert trainer.course.sparsity == 0
 
 
-def test_the_dense_part_of_a_pruned_run_is_the_dense_run(whole_run, tmp_path):
+def test_the_dense_part_of_a_pruned_run_is_the_dense_run(whole_run, small_run):
     """The tracker changes nothing until the first cut."""
-    runs.start(small_config(tmp_path / "dense"), []).run()
     ours, theirs = (
         [(e["env_steps"], e["mean_return"]) for e in read_history(folder, "evaluation")]
-        for folder in (whole_run[0], tmp_path / "dense")
+        for folder in (whole_run[0], small_run[0])
     )
     assert ours[0] == theirs[0] and ours[0][0] == 60
 
@@ -439,11 +427,9 @@ def test_the_dense_part_of_a_pruned_run_is_the_dense_run(whole_run, tmp_path):
 # --- A finished agent ------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("dense") / "run"
-    runs.start(small_config(run_dir), []).run()
-    return run_dir
+@pytest.fixture
+def dense(small_run):
+    return small_run[0]
 
 
 def finished(dense, run_dir, **changes):
@@ -464,7 +450,7 @@ def test_a_finished_agent_is_pruned_and_recovers(dense, tmp_path):
 
 
 def test_the_checkpoints_evaluation_is_not_played_again(dense, tmp_path, monkeypatch):
-    monkeypatch.setattr("tdmpc_prune.training.evaluate", lambda *_, **__: None)
+    monkeypatch.setattr("tdmpc_prune.training.agent.evaluate", lambda *_, **__: None)
 
     def begun(run_dir, start_from):
         config = small_config(run_dir, start_from=str(start_from), env_steps=320)

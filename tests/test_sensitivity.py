@@ -10,12 +10,7 @@ from hypothesis import strategies as st
 from tdmpc_prune.analysis import sensitivity
 from tdmpc_prune.analysis.sensitivity import RANDOM, RANKED, Loss, Removal
 from tdmpc_prune.analysis.subject import Score
-from tdmpc_prune.pruning.config import PruneConfig
-from tdmpc_prune.training import autoencoder as autoencoder_training
-from tdmpc_prune.training import launch as runs
 from tests.commands import run
-from tests.small import small_config
-from tests.test_autoencoder import small as autoencoder_config
 
 
 @given(
@@ -62,16 +57,6 @@ def test_within_their_group_the_groups_do_not_matter():
     assert correlations["groups"].rho == pytest.approx(1.0)
     assert correlations["pieces"].rho > 0.7
     assert correlations["pieces within their group"].rho == pytest.approx(-1.0)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A tiny autoencoder and a tiny agent."""
-    folder = tmp_path_factory.mktemp("trained")
-    config = autoencoder_config(folder / "autoencoder", prune=PruneConfig(), updates=150)
-    autoencoder_training.start(config, []).run()
-    runs.start(small_config(folder / "agent"), []).run()
-    return folder
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "agent"])
