@@ -28,8 +28,8 @@ def once(tmp_path_factory):
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def get(name, make):
-        folder = base / f"shared {name}"
-        done = base / f"shared {name}.json"
+        folder = base / f"shared-{name}"
+        done = base / f"shared-{name}.json"
         with FileLock(f"{done}.lock"):
             if not done.exists():
                 shutil.rmtree(folder, ignore_errors=True)  # what a failure left

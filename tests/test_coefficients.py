@@ -27,9 +27,10 @@ from tests.pruning_zoo import Agent, computation, losses, make_data
 from tests.test_surgery import choose, close, group_names
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("part", range(3))  # 60 examples, which several processes share
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**31 - 1))
-def test_hard_masks_are_the_cut_for_every_kind_of_group(seed):
+def test_hard_masks_are_the_cut_for_every_kind_of_group(part, seed):
     """Specific and coupling groups; LayerNorm with and without weights, GroupNorm, SimNorm."""
     agent = Agent(seed)
     for _ in range(2):

@@ -229,16 +229,16 @@ def test_a_step_that_does_not_recover_is_undone_exactly(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
-def test_a_run_killed_around_an_undone_step_resumes_exactly(tmp_path, monkeypatch, part):
+def test_a_run_killed_around_an_undone_step_resumes_exactly(once, tmp_path, monkeypatch, part):
     returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
 
-    def start(name):
-        config = pruning_config(tmp_path / name)
+    def start(run_dir):
+        config = pruning_config(run_dir)
         return runs.start(replace(config, prune=replace(config.prune, max_return_drop=0.1)), [])
 
-    start("whole").run()
-    assert any(not step["kept"] for step in read_history(tmp_path / "whole", "pruning step"))
-    trainer = start("run")
+    whole = once("undone", lambda folder: start(folder / "run").run().mean)[0] / "run"
+    assert any(not step["kept"] for step in read_history(whole, "pruning step"))
+    trainer = start(tmp_path / "run")
 
     def interrupted(step=trainer.step):
         due = trainer.course.due(trainer.progress.env_steps)
@@ -256,7 +256,7 @@ def test_a_run_killed_around_an_undone_step_resumes_exactly(tmp_path, monkeypatc
     with pytest.raises((Killed, Stopped)):
         trainer.run()
     resume(tmp_path / "run").run()
-    assert_same_pruning(tmp_path / "whole", tmp_path / "run")
+    assert_same_pruning(whole, tmp_path / "run")
 
 
 def undoing_config(run_dir, **changes):
@@ -308,9 +308,13 @@ def test_a_smaller_cut_is_not_tried_without_the_time_to_recover(tmp_path, monkey
 
 
 @pytest.mark.parametrize("step", [3, 4])
-def test_a_run_killed_while_it_tries_again_resumes_exactly(tmp_path, monkeypatch, step):
+def test_a_run_killed_while_it_tries_again_resumes_exactly(once, tmp_path, monkeypatch, step):
     returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
-    runs.start(undoing_config(tmp_path / "whole"), []).run()
+
+    def make(folder):
+        runs.start(undoing_config(folder / "run"), []).run()
+
+    whole = once("tried-again", make)[0] / "run"
     trainer = runs.start(undoing_config(tmp_path / "run"), [])
 
     def interrupted(go_on=trainer.step):
@@ -323,7 +327,7 @@ def test_a_run_killed_while_it_tries_again_resumes_exactly(tmp_path, monkeypatch
     with pytest.raises(Stopped):
         trainer.run()
     resume(tmp_path / "run").run()
-    assert_same_pruning(tmp_path / "whole", tmp_path / "run")
+    assert_same_pruning(whole, tmp_path / "run")
 
 
 def test_a_stage_of_an_older_release_is_taken_up(tmp_path):
@@ -537,8 +541,11 @@ def test_a_run_cannot_be_shortened_into_its_schedule(whole_run, tmp_path):
 
 
 @pytest.mark.parametrize("after", [3, 30])
-def test_pruning_a_finished_agent_resumes_exactly(dense, tmp_path, after):
-    prune_checkpoint.start(finished(dense, tmp_path / "whole"), []).run()
+def test_pruning_a_finished_agent_resumes_exactly(once, dense, tmp_path, after):
+    def make(folder):
+        prune_checkpoint.start(finished(dense, folder / "run"), []).run()
+
+    whole = once("finished", make)[0] / "run"
     shutil.copytree(dense, tmp_path / "dense")
     trainer = prune_checkpoint.start(finished(tmp_path / "dense", tmp_path / "run"), [])
     shutil.rmtree(tmp_path / "dense")  # the run's own checkpoint is enough
@@ -555,7 +562,7 @@ def test_pruning_a_finished_agent_resumes_exactly(dense, tmp_path, after):
     with pytest.raises(Stopped):
         trainer.run()
     resume(tmp_path / "run").run()
-    assert_same_pruning(tmp_path / "whole", tmp_path / "run")
+    assert_same_pruning(whole, tmp_path / "run")
 
 
 def test_a_plan_is_explained_saved_and_carried_out_on_the_checkpoint(dense, tmp_path):

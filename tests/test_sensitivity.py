@@ -63,6 +63,9 @@ def test_within_their_group_the_groups_do_not_matter():
 def test_as_typed(trained, tmp_path, kind):
     arguments = [f"checkpoint={trained / kind}", "fractions=[0.5]", "episodes=1", "out=s"]
     arguments += ["prune.gather_updates=3", f"processes={2 if kind == 'agent' else 1}"]
+    if kind == "agent":  # one group of every component; the autoencoder's are all measured
+        own = "dynamics.0,reward.0,policy.0,q_ensemble.0.0"
+        arguments.append(f"groups=[encoder.0,'encoder.2+dynamics.4',{own}]")
     done = run("sensitivity.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.json", "s.md", "s.png"]
