@@ -26,6 +26,8 @@ from tdmpc_prune.training import autoencoder as training
 from tdmpc_prune.training.config import AutoencoderConfig
 from tests.commands import run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 PRUNE = PruneConfig(
     method="bayesian", sparsity=0.6, steps=3, min_width=2, round_to=1, max_return_drop=10.0
 )

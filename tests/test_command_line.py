@@ -402,6 +402,7 @@ def test_a_swept_choice_may_leave_settings_without_effect_in_one_job(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.xdist_group("timing")
 def test_benchmark(tmp_path):
     done = run("benchmark.py", *SMALL[5:], "repeats=2", "json=speed.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

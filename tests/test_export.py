@@ -21,6 +21,8 @@ from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.saving.agents import load_agent, save_agent
 from tests.commands import ROOT, run
 
+pytestmark = pytest.mark.xdist_group("export")  # they share two graphs
+
 POLICY = "cartpole-swingup-policy.onnx"
 PLANNER = PlannerConfig(horizon=3, iterations=2, samples=24, elites=6)
 

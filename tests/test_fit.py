@@ -16,16 +16,7 @@ from tdmpc_prune.deploy import fit, fit_report
 from tdmpc_prune.deploy.config import FitConfig
 from tdmpc_prune.evaluation import Evaluation
 from tdmpc_prune.saving.agents import load_agent
-from tdmpc_prune.training import launch as runs
 from tests.commands import run
-from tests.small import pruning_config
-
-
-@pytest.fixture(scope="module")
-def pruned_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fit") / "run"
-    runs.start(pruning_config(folder), ["train.py"]).run()
-    return folder
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
@@ -163,6 +154,7 @@ def test_candidates_are_confirmed_in_turn(monkeypatch):
 
 
 def test_fit_as_typed(pruned_run, tmp_path):
+    pruned_run, _ = pruned_run
     arguments = [f"checkpoint={pruned_run}", "episodes=2", "out=fitted"]
     done = run("fit.py", *arguments, "rate_hz=30", "max_return_drop=0.99", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -180,7 +172,7 @@ def test_fit_as_typed(pruned_run, tmp_path):
 
 
 def test_an_unreachable_rate_says_what_was_reached_and_saves_nothing(pruned_run, tmp_path):
-    shutil.copytree(pruned_run, tmp_path / "run")
+    shutil.copytree(pruned_run[0], tmp_path / "run")
     dense = tmp_path / "run/agents/dense/agent.json"
     description = json.loads(dense.read_text())
     # A return that no other agent reaches.

@@ -12,6 +12,8 @@ from tdmpc_prune.training.config import TrainConfig
 from tests.small import AGENT, PRUNE, small_config
 from tests.synthetic import REACH_OPTIMUM
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 LEARNER = replace(
     AGENT,
     planner=replace(AGENT.planner, iterations=4, samples=64, elites=12, schedule_decisions=400),

@@ -31,6 +31,8 @@ from tests.commands import REACH, SMALL, run
 from tests.small import PRUNE, pruning_config, small_config
 from tests.test_resume import Killed, assert_same_run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def resume(run_dir):
     return runs.resume(small_config(run_dir, resume=str(run_dir)), ["resume"])
@@ -54,24 +56,9 @@ def assert_same_pruning(ours, theirs):
     assert load_agent(ours).model.widths == load_agent(theirs).model.widths
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """A pruned run that nothing happened to, and the numbers of its steps that prune."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    trainer = runs.start(pruning_config(run_dir), [])
-    steps, pruning = 0, []
-
-    def count(step=trainer.step):
-        nonlocal steps
-        due = trainer.course.due(trainer.progress.env_steps)
-        if due and trainer.episode is None and trainer.progress.updates_due < 1:
-            pruning.append((steps, due))
-        steps += 1
-        return step()
-
-    trainer.step = count
-    trainer.run()
-    return run_dir, pruning
+@pytest.fixture
+def whole_run(pruned_run):
+    return pruned_run
 
 
 def test_a_run_is_pruned_in_steps_and_says_what_each_did(whole_run):
@@ -190,7 +177,7 @@ def returns(monkeypatch, script):
         value = script(sum(p.numel() for p in model.parameters()))
         return Evaluation([value, value], 1, 0.0)
 
-    monkeypatch.setattr("tdmpc_prune.training.evaluate", evaluate)
+    monkeypatch.setattr("tdmpc_prune.training.agent.evaluate", evaluate)
 
 
 def everything(trainer):
@@ -242,16 +229,16 @@ def test_a_step_that_does_not_recover_is_undone_exactly(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
-def test_a_run_killed_around_an_undone_step_resumes_exactly(tmp_path, monkeypatch, part):
+def test_a_run_killed_around_an_undone_step_resumes_exactly(once, tmp_path, monkeypatch, part):
     returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
 
-    def start(name):
-        config = pruning_config(tmp_path / name)
+    def start(run_dir):
+        config = pruning_config(run_dir)
         return runs.start(replace(config, prune=replace(config.prune, max_return_drop=0.1)), [])
 
-    start("whole").run()
-    assert any(not step["kept"] for step in read_history(tmp_path / "whole", "pruning step"))
-    trainer = start("run")
+    whole = once("undone", lambda folder: start(folder / "run").run().mean)[0] / "run"
+    assert any(not step["kept"] for step in read_history(whole, "pruning step"))
+    trainer = start(tmp_path / "run")
 
     def interrupted(step=trainer.step):
         due = trainer.course.due(trainer.progress.env_steps)
@@ -269,7 +256,7 @@ def test_a_run_killed_around_an_undone_step_resumes_exactly(tmp_path, monkeypatc
     with pytest.raises((Killed, Stopped)):
         trainer.run()
     resume(tmp_path / "run").run()
-    assert_same_pruning(tmp_path / "whole", tmp_path / "run")
+    assert_same_pruning(whole, tmp_path / "run")
 
 
 def undoing_config(run_dir, **changes):
@@ -279,6 +266,7 @@ def undoing_config(run_dir, **changes):
     return replace(config, prune=replace(prune, **changes))
 
 
+@pytest.mark.drawn
 def test_an_undone_cut_is_tried_again_smaller_while_there_is_time(tmp_path, monkeypatch, capsys):
     returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
     run_dir = tmp_path / "run"
@@ -320,9 +308,13 @@ def test_a_smaller_cut_is_not_tried_without_the_time_to_recover(tmp_path, monkey
 
 
 @pytest.mark.parametrize("step", [3, 4])
-def test_a_run_killed_while_it_tries_again_resumes_exactly(tmp_path, monkeypatch, step):
+def test_a_run_killed_while_it_tries_again_resumes_exactly(once, tmp_path, monkeypatch, step):
     returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
-    runs.start(undoing_config(tmp_path / "whole"), []).run()
+
+    def make(folder):
+        runs.start(undoing_config(folder / "run"), []).run()
+
+    whole = once("tried-again", make)[0] / "run"
     trainer = runs.start(undoing_config(tmp_path / "run"), [])
 
     def interrupted(go_on=trainer.step):
@@ -335,7 +327,7 @@ def test_a_run_killed_while_it_tries_again_resumes_exactly(tmp_path, monkeypatch
     with pytest.raises(Stopped):
         trainer.run()
     resume(tmp_path / "run").run()
-    assert_same_pruning(tmp_path / "whole", tmp_path / "run")
+    assert_same_pruning(whole, tmp_path / "run")
 
 
 def test_a_stage_of_an_older_release_is_taken_up(tmp_path):
@@ -383,7 +375,7 @@ def test_what_is_pruned_is_judged_by_the_best_return_so_far(tmp_path, monkeypatc
     def evaluate(*_, **__):
         return Evaluation([next(values)] * 2, 1, 0.0)
 
-    monkeypatch.setattr("tdmpc_prune.training.evaluate", evaluate)
+    monkeypatch.setattr("tdmpc_prune.training.agent.evaluate", evaluate)
     config = undoing_config(tmp_path / "run", start=0.3, end=0.6, max_return_drop=0.1)
     runs.start(config, []).run()
     steps = read_history(tmp_path / "run", "pruning step")
@@ -395,7 +387,8 @@ def test_what_is_pruned_is_judged_by_the_best_return_so_far(tmp_path, monkeypatc
 def test_a_return_that_still_rose_at_the_first_cut_is_said(tmp_path, monkeypatch, capsys):
     values = iter([100.0, 219.0, *[850.0] * 100])
     monkeypatch.setattr(
-        "tdmpc_prune.training.evaluate", lambda *_, **__: Evaluation([next(values)] * 2, 1, 0.0)
+        "tdmpc_prune.training.agent.evaluate",
+        lambda *_, **__: Evaluation([next(values)] * 2, 1, 0.0),
     )
     runs.start(undoing_config(tmp_path / "run"), []).run()
     (warning,) = read_history(tmp_path / "run", "warning")
@@ -419,19 +412,18 @@ def test_a_cut_that_fails_stops_the_run_with_its_networks_whole(tmp_path, monkey
     def fail(*_):
         raise SurgeryError("on purpose")
 
-    monkeypatch.setattr("tdmpc_prune.pruning.course.commit", fail)
+    monkeypatch.setattr("tdmpc_prune.pruning.pruner.commit", fail)
     trainer = runs.start(pruning_config(tmp_path / "run"), [])
     with pytest.raises(RunError, match="cut 1 was undone and the run stopped: on purpose"):
         trainer.run()
     assert trainer.course.sparsity == 0
 
 
-def test_the_dense_part_of_a_pruned_run_is_the_dense_run(whole_run, tmp_path):
+def test_the_dense_part_of_a_pruned_run_is_the_dense_run(whole_run, small_run):
     """The tracker changes nothing until the first cut."""
-    runs.start(small_config(tmp_path / "dense"), []).run()
     ours, theirs = (
         [(e["env_steps"], e["mean_return"]) for e in read_history(folder, "evaluation")]
-        for folder in (whole_run[0], tmp_path / "dense")
+        for folder in (whole_run[0], small_run[0])
     )
     assert ours[0] == theirs[0] and ours[0][0] == 60
 
@@ -439,11 +431,9 @@ def test_the_dense_part_of_a_pruned_run_is_the_dense_run(whole_run, tmp_path):
 # --- A finished agent ------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("dense") / "run"
-    runs.start(small_config(run_dir), []).run()
-    return run_dir
+@pytest.fixture
+def dense(small_run):
+    return small_run[0]
 
 
 def finished(dense, run_dir, **changes):
@@ -464,7 +454,7 @@ def test_a_finished_agent_is_pruned_and_recovers(dense, tmp_path):
 
 
 def test_the_checkpoints_evaluation_is_not_played_again(dense, tmp_path, monkeypatch):
-    monkeypatch.setattr("tdmpc_prune.training.evaluate", lambda *_, **__: None)
+    monkeypatch.setattr("tdmpc_prune.training.agent.evaluate", lambda *_, **__: None)
 
     def begun(run_dir, start_from):
         config = small_config(run_dir, start_from=str(start_from), env_steps=320)
@@ -551,8 +541,11 @@ def test_a_run_cannot_be_shortened_into_its_schedule(whole_run, tmp_path):
 
 
 @pytest.mark.parametrize("after", [3, 30])
-def test_pruning_a_finished_agent_resumes_exactly(dense, tmp_path, after):
-    prune_checkpoint.start(finished(dense, tmp_path / "whole"), []).run()
+def test_pruning_a_finished_agent_resumes_exactly(once, dense, tmp_path, after):
+    def make(folder):
+        prune_checkpoint.start(finished(dense, folder / "run"), []).run()
+
+    whole = once("finished", make)[0] / "run"
     shutil.copytree(dense, tmp_path / "dense")
     trainer = prune_checkpoint.start(finished(tmp_path / "dense", tmp_path / "run"), [])
     shutil.rmtree(tmp_path / "dense")  # the run's own checkpoint is enough
@@ -569,7 +562,7 @@ def test_pruning_a_finished_agent_resumes_exactly(dense, tmp_path, after):
     with pytest.raises(Stopped):
         trainer.run()
     resume(tmp_path / "run").run()
-    assert_same_pruning(tmp_path / "whole", tmp_path / "run")
+    assert_same_pruning(whole, tmp_path / "run")
 
 
 def test_a_plan_is_explained_saved_and_carried_out_on_the_checkpoint(dense, tmp_path):

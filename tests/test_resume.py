@@ -71,21 +71,9 @@ def resume(run_dir):
     return runs.resume(small_config(run_dir, resume=str(run_dir)), ["resume"])
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """A run that nothing happened to, and the number of its steps."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    trainer = runs.start(small_config(run_dir), [])
-    steps = 0
-
-    def count(step=trainer.step):
-        nonlocal steps
-        steps += 1
-        return step()
-
-    trainer.step = count
-    trainer.run()
-    return run_dir, steps
+@pytest.fixture
+def whole_run(small_run):
+    return small_run
 
 
 def test_the_same_seed_gives_the_same_run(whole_run, tmp_path):
@@ -255,7 +243,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(whole_run, tmp_path, monkey
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tdmpc_prune.run_log.SummaryWriter", refused)
+    monkeypatch.setattr("tdmpc_prune.training.log.SummaryWriter", refused)
     done = run("train.py", "resume=run", "env_steps=300", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip() == "error: 'run' cannot be written: Permission denied"

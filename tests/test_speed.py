@@ -15,6 +15,8 @@ from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.deploy.benchmark import _filled_replay
 from tests.reference import PlainLearner, plan_one
 
+pytestmark = pytest.mark.xdist_group("timing")
+
 
 def ratio(plain, fast, repeats=9):
     """How many times longer `plain` takes: median over runs side by side."""

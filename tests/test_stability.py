@@ -18,7 +18,7 @@ from tdmpc_prune.analysis.stability import Episodes, Judged, Rate, Stability, Ta
 from tdmpc_prune.saving.agents import load_agent
 from tdmpc_prune.training import launch as runs
 from tests.commands import run
-from tests.small import pruning_config, small_config
+from tests.small import small_config
 
 REACH = "gym:tests.synthetic:Reach-v0"
 
@@ -229,11 +229,9 @@ def test_a_heavier_pole_moves_otherwise_and_only_there():
 # --- As typed --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def pruned(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stability") / "pruned"
-    runs.start(pruning_config(folder), []).run()
-    return folder
+@pytest.fixture
+def pruned(pruned_run):
+    return pruned_run[0]
 
 
 def test_a_whole_pruning_run_is_certified(pruned, tmp_path):

@@ -60,7 +60,7 @@ def test_jobs_are_the_product_and_every_folder_is_its_own():
     assert len(set(folders)) == len(folders)
 
 
-def test_every_arm_runs_and_only_once(tmp_path):
+def test_every_arm_runs_and_only_once(tmp_path, undrawn):
     arms = ["dense", "small from scratch", "re-initialised", "magnitude", "coefficients"]
     tiny = config(tmp_path, arms=arms)
     for job in study.all_jobs(tiny):
@@ -166,7 +166,7 @@ def test_a_folder_with_results_of_other_settings_is_refused(tmp_path):
 
 
 def test_a_killed_study_goes_on_where_it_was(tmp_path):
-    arguments = [*TINY, "study=quick", "study.arms=[dense]", "study.start_env_steps=4000"]
+    arguments = [*TINY, "study=quick", "study.arms=[dense]", "study.start_env_steps=1200"]
     command = [sys.executable, str(ROOT / "scripts" / "study.py"), *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
@@ -177,11 +177,11 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) != 0
     before = _env_steps_of_episodes(history.parent)
-    assert len(before) < 200 and not (history.parent / "failures.txt").exists()
+    assert len(before) < 60 and not (history.parent / "failures.txt").exists()
     done = run("study.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     after = _env_steps_of_episodes(history.parent)
-    assert after[: len(before)] == before and after == [20 * (i + 1) for i in range(200)]
+    assert after[: len(before)] == before and after == [20 * (i + 1) for i in range(60)]
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "ray"])

@@ -25,6 +25,8 @@ from tdmpc_prune.deploy.playing import Frame, _texts
 from tdmpc_prune.saving.agents import load_agent, save_agent
 from tests.commands import ROOT, run
 
+pytestmark = pytest.mark.xdist_group("viewer")
+
 needs_xvfb = pytest.mark.skipif(
     not (shutil.which("Xvfb") and sys.platform == "linux"), reason="Xvfb is not installed"
 )

@@ -1,0 +1,85 @@
+"""Runs that the release before began, stopped while the first cut recovers: they end as planned.
+
+`data/before` was written by that release. Its numbers are of one machine, so that only what
+follows from the plan is compared.
+"""
+
+import json
+import shutil
+
+import pytest
+
+from tdmpc_prune.pruning.plan import Plan
+from tdmpc_prune.saving.agents import load_agent
+from tdmpc_prune.saving.autoencoders import load_autoencoder
+from tdmpc_prune.saving.run_folder import read_history
+from tests.commands import ROOT, run
+
+BEFORE = ROOT / "tests" / "data" / "before"
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def size(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("load", [lambda run: load_agent(run).model, load_autoencoder])
+def test_what_was_saved_before_is_loaded(load):
+    run_dir = BEFORE / ("autoencoder" if load is load_autoencoder else "agent")
+    before = files(run_dir)
+    plan = Plan.load(run_dir / "plans" / "step-1.json")
+    dense, cut = load(run_dir / "agents" / "dense"), load(run_dir)
+    (said,) = read_history(run_dir, "cut")
+    assert size(cut) == said["parameters"] < size(dense)
+    assert plan.sparsity == said["target"]
+    assert files(run_dir) == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "script", "unit", "cuts", "evaluations", "sparsity", "load"),
+    [
+        (
+            *("agent", "train.py", "env_steps", [80, 120, 160], [60, 120, 180, 200], 0.7),
+            lambda run: load_agent(run).model,
+        ),
+        (
+            *("autoencoder", "train_autoencoder.py", "updates", [20, 28, 36], [20, 40, 60], 0.6),
+            load_autoencoder,
+        ),
+    ],
+)
+def test_a_run_begun_before_goes_on_to_its_end(
+    tmp_path, kind, script, unit, cuts, evaluations, sparsity, load
+):
+    folder = shutil.copytree(BEFORE / kind, tmp_path / "run")
+    begun = (folder / "history.jsonl").read_text()
+    kept = files(folder / "agents" / "dense") | files(folder / "plans")
+    done = run(script, "resume=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+    after = (folder / "history.jsonl").read_text()
+    assert after.startswith(begun)  # it goes on line by line
+    moments = [line[unit] for line in map(json.loads, after.splitlines()) if unit in line]
+    assert moments == sorted(moments) and moments[-1] == evaluations[-1]
+    assert [line[unit] for line in read_history(folder, "evaluation")] == evaluations
+    episodes = [line["env_steps"] for line in read_history(folder, "episode")]
+    assert episodes == (list(range(20, 201, 20)) if kind == "agent" else [])
+
+    assert [cut[unit] for cut in read_history(folder, "cut")] == cuts
+    steps = read_history(folder, "pruning step")
+    assert [(step["step"], step["cut_at"]) for step in steps] == [*enumerate(cuts, 1)]
+    assert all(step["kept"] and step["sparsity"] >= step["target"] for step in steps)
+    # What was measured before the stop belongs to the step that ends after it.
+    for moment, entry in zip(("before", "after"), read_history(folder, "tracking"), strict=False):
+        assert (entry["moment"], entry["step"]) == (moment, 1)
+        assert steps[0][moment]["mean"] == entry["mean"]
+
+    last = read_history(folder, "evaluation")[-1]
+    assert sparsity <= last["sparsity"] < sparsity + 0.1
+    assert size(load(folder)) == last["parameters"]
+    for number, step in enumerate(steps, 1):
+        assert size(load(folder / "agents" / f"step-{number}")) == step["parameters"]
+    assert {path: path.read_bytes() for path in kept} == kept
