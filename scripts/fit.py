@@ -16,16 +16,15 @@ def main(config: FitConfig, given: list[str]) -> None:
     from tdmpc_prune.deploy import fit, fit_report
     from tdmpc_prune.errors import UserError
     from tdmpc_prune.saving.run_folder import command_line
-    from tdmpc_prune.training import launch as runs
-    from tdmpc_prune.training import prune_checkpoint
+    from tdmpc_prune.training import launch
     from tdmpc_prune.words import narrowed
 
     folder = fit.free_folder(config)
     fit.dense_agent(config)  # or nothing is begun
     if cutting := fit.cutting(config):
-        trainer = prune_checkpoint.start(cutting, sys.argv)
-        runs.finish(trainer)
-        config = replace(config, checkpoint=str(trainer.run_dir))
+        run = launch.start(launch.pruning_run(cutting, []), sys.argv)
+        print(launch.finish(run))
+        config = replace(config, checkpoint=str(run.folder))
     elif idle := config.idle_uncut(given):
         raise UserError(f"{idle.name} has no effect {idle.reason}; add {idle.needed}")
     found = fit.fit(config, folder, command_line(sys.argv))

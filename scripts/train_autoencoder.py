@@ -13,10 +13,10 @@ def main(config: AutoencoderConfig, given: list[str]) -> None:
       python scripts/train_autoencoder.py prune=bayesian
       python scripts/train_autoencoder.py data=mnist data.dir=<folder with MNIST's IDX files>
     """
-    from tdmpc_prune.training import autoencoder as autoencoder_training
+    from tdmpc_prune.training import launch
 
-    start, resume = autoencoder_training.start, autoencoder_training.resume
-    autoencoder_training.finish(resume(config, given) if config.resume else start(config, sys.argv))
+    run = launch.resume(config, given) if config.resume else launch.start(config, sys.argv)
+    print(launch.finish(run))
 
 
 if __name__ == "__main__":

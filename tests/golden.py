@@ -24,14 +24,22 @@ _TIMES = {"seconds", "decision_ms", "median_ms", "p95_ms"}  # in histories
 _TIMED_KINDS = {"times"}  # records that hold nothing but times
 _PRUNING = [
     *("prune=bayesian", "prune.sparsity=0.7", "prune.steps=3", "prune.min_width=2"),
-    *("prune.round_to=1", "prune.max_return_drop=0.3", "prune.gather_updates=5"),
+    *("prune.round_to=1", "prune.max_return_drop=0.3"),
 ]
+_GATHERING = ["prune.gather_updates=5"]
 _RUNS = {
     "dense": ("train.py", [*SMALL, "env_steps=240"]),
     "pruned": ("train.py", [*SMALL, *_PRUNING, "env_steps=240"]),
     "pruned-finished": (
         "prune.py",
-        [*_PRUNING, "checkpoint=dense", "env_steps=120", "eval_every=60", "eval_episodes=2"],
+        [
+            *_PRUNING,
+            *_GATHERING,
+            "checkpoint=dense",
+            "env_steps=120",
+            "eval_every=60",
+            "eval_episodes=2",
+        ],
     ),
     "autoencoder": ("train_autoencoder.py", ["updates=120", "eval_every=40"]),
     "autoencoder-pruned": (

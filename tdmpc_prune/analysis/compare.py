@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.saving.run_folder import read_history, read_run
+from tdmpc_prune.saving.run_folder import RunFolder
 from tdmpc_prune.settings import by_dotted_name, from_plain, to_plain
 from tdmpc_prune.training.config import TrainConfig
 
@@ -58,7 +58,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for path in paths:
         runs = sorted(file.parent for file in path.glob("**/run.json"))
-        runs = [run for run in runs if "task" in read_run(run)]
+        runs = [run for run in runs if "task" in RunFolder(run).settings()]
         if not runs:
             raise UserError(f"'{path}' is not the folder of an agent's run and holds none")
         found |= dict.fromkeys(runs)
@@ -69,7 +69,8 @@ def read(run_dirs: list[Path]) -> tuple[list[Measured], list[Path]]:
     """Every measurement of the runs, and the runs that have none yet."""
     # Read through the schema, so that settings which older releases did not have are filled in.
     settings = {
-        run_dir: to_plain(from_plain(TrainConfig, read_run(run_dir))) for run_dir in run_dirs
+        run_dir: to_plain(from_plain(TrainConfig, RunFolder(run_dir).settings()))
+        for run_dir in run_dirs
     }
     arms = _arms(settings)
     measured, without = [], []
@@ -85,10 +86,10 @@ def _read_one(run_dir: Path, settings: dict[str, Any], arm: str) -> Iterable[Mea
     cut, kept, every = 0, 0, settings["eval_every"]
     timed = {
         name: agent["decision_ms"]["median"]
-        for entry in read_history(run_dir, "times")
+        for entry in RunFolder(run_dir).read_history("times")
         for name, agent in entry["agents"].items()
     }
-    for entry in read_history(run_dir, "evaluation", "tracking", "cut", "undone"):
+    for entry in RunFolder(run_dir).read_history("evaluation", "tracking", "cut", "undone"):
         if entry["kind"] == "cut":
             cut, kept = entry["step"], cut
         elif entry["kind"] == "undone":

@@ -46,14 +46,13 @@ from tdmpc_prune.machine import machine
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.saving.agents import load_agent
 from tdmpc_prune.saving.files import read_json, write_file, write_json
-from tdmpc_prune.saving.run_folder import read_history
+from tdmpc_prune.saving.run_folder import RunFolder
 from tdmpc_prune.settings import by_dotted_name
 from tdmpc_prune.signals import Stopped
 from tdmpc_prune.thresholds import back_at
-from tdmpc_prune.training import launch as runs
-from tdmpc_prune.training import prune_checkpoint
-from tdmpc_prune.training.agent import Trainer
+from tdmpc_prune.training import launch
 from tdmpc_prune.training.config import PruneCheckpointConfig, TrainConfig
+from tdmpc_prune.training.run import Run
 from tdmpc_prune.words import counted
 
 START = "start"  # the dense agent that all arms of a seed begin with
@@ -313,9 +312,9 @@ def _run_start(config: StudyConfig, job: Job) -> dict[str, Any]:
         device=config.device,
         run_dir=str(job.folder(config.out)),
     )
-    trainer = _begun_or_resumed(settings)
-    returns = trainer.run(job.name(config)).returns
-    return {"job": vars(job), "returns": returns} | trainer.agent().size()
+    run = _begun_or_resumed(settings)
+    returns = run.run(job.name(config)).returns
+    return {"job": vars(job), "returns": returns} | run.size()
 
 
 def _run_arm(config: StudyConfig, job: Job) -> dict[str, Any]:
@@ -324,17 +323,15 @@ def _run_arm(config: StudyConfig, job: Job) -> dict[str, Any]:
         raise RunError(f"'{start}' has no result, which '{job}' starts from")
     dense = read_json(start.folder(config.out) / _RESULT)
     before = float(np.mean(dense["returns"]))
-    trainer = _trainer(config, job, str(start.folder(config.out)))
-    after = _new_networks_return(trainer, job) if job.arm == REINITIALISED else None
-    evaluation = trainer.run(job.name(config))
-    tracked = [e for e in read_history(trainer.run_dir, "tracking") if e["moment"] == "after"]
+    run = _run_of(config, job, str(start.folder(config.out)))
+    after = _new_networks_return(run, job) if job.arm == REINITIALISED else None
+    evaluation = run.run(job.name(config))
+    tracked = [e for e in run.folder.read_history("tracking") if e["moment"] == "after"]
     if tracked:
         after = tracked[0]["returns"]
-    began = 0 if job.arm == SMALL else trainer.config.env_steps - config.env_steps
+    began = 0 if job.arm == SMALL else run.config.env_steps - config.env_steps
     curve = [(0, after)] if after else [(0, dense["returns"])] if job.arm == DENSE else []
-    curve += [
-        (e["env_steps"] - began, e["returns"]) for e in read_history(trainer.run_dir, "evaluation")
-    ]
+    curve += [(e["env_steps"] - began, e["returns"]) for e in run.folder.read_history("evaluation")]
     back = [at for at, returns in curve if np.mean(returns) >= back_at(before)]
     return {
         "job": vars(job),
@@ -343,11 +340,11 @@ def _run_arm(config: StudyConfig, job: Job) -> dict[str, Any]:
         "recovery": back[0] if back else None,
         "returns": evaluation.returns,
         "curve": curve,
-        "env_steps": trainer.now,
-    } | trainer.agent().size()
+        "env_steps": run.now,
+    } | run.size()
 
 
-def _trainer(config: StudyConfig, job: Job, start: str) -> Trainer:
+def _run_of(config: StudyConfig, job: Job, start: str) -> Run:
     """The run of an arm, new or taken up again."""
     pruning = PruneCheckpointConfig(
         checkpoint=start,
@@ -359,7 +356,7 @@ def _trainer(config: StudyConfig, job: Job, start: str) -> Trainer:
         eval_episodes=config.episodes,
         run_dir=str(job.folder(config.out)),
     )
-    settings = prune_checkpoint.training_config(pruning)
+    settings = launch.pruning_run(pruning, [])
     if job.arm not in (DENSE, SMALL, REINITIALISED):
         if job.arm == COEFFICIENTS:
             prune = replace(settings.prune, plan=_coefficients(config, job, start))
@@ -371,11 +368,11 @@ def _trainer(config: StudyConfig, job: Job, start: str) -> Trainer:
         pruning = replace(pruning, prune=replace(pruning.prune, allocation="uniform"))
     if job.arm == DENSE or _has_checkpoint(settings):
         return _begun_or_resumed(settings)
-    widths = prune_checkpoint.widths_after(pruning)
-    trainer = _begun_or_resumed(settings)
-    trainer.take_learner(_new_networks(widths, job), {}, 0)
-    trainer.save()  # before anything is learnt, so that it is never taken for a dense run
-    return trainer
+    widths = launch.widths_after(pruning)
+    run = _begun_or_resumed(settings)
+    run.take_networks(_new_networks(widths, job))
+    run.save()  # before anything is learnt, so that it is never taken for a dense run
+    return run
 
 
 def _new_networks(widths: Widths, job: Job) -> WorldModel:
@@ -383,10 +380,11 @@ def _new_networks(widths: Widths, job: Job) -> WorldModel:
     return WorldModel(widths, torch.Generator().manual_seed(job.seed + 1_000))
 
 
-def _new_networks_return(trainer: Trainer, job: Job) -> list[float]:
+def _new_networks_return(run: Run, job: Job) -> list[float]:
     """The returns right after the networks were initialised anew, whatever was learnt since."""
-    agent = replace(trainer.agent(), model=_new_networks(trainer.model.widths, job))
-    return evaluate(agent, trainer.config.eval_episodes, EVALUATION_SEED).returns
+    agent = run.trainee.agent()
+    anew = replace(agent, model=_new_networks(agent.model.widths, job))
+    return evaluate(anew, run.config.eval_episodes, EVALUATION_SEED).returns
 
 
 def _pruning(config: StudyConfig, job: Job) -> PruneConfig:
@@ -423,15 +421,15 @@ def _coefficients(config: StudyConfig, job: Job, start: str) -> str:
 
 
 def _has_checkpoint(settings: TrainConfig) -> bool:
-    return any(Path(settings.run_dir).glob("checkpoints/[0-9]*-[0-9]*"))
+    return bool(RunFolder(settings.run_dir).checkpoints())
 
 
-def _begun_or_resumed(settings: TrainConfig) -> Trainer:
+def _begun_or_resumed(settings: TrainConfig) -> Run:
     """A run that was killed before its first checkpoint begins anew."""
     folder = Path(settings.run_dir)
     if _has_checkpoint(settings):
-        return runs.resume(replace(settings, resume=settings.run_dir), ["resume"])
+        return launch.resume(replace(settings, resume=settings.run_dir), ["resume"])
     for path in folder.glob("*"):
         if path.name not in (_FAILURES, "coefficients.json"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return runs.start(settings, ["study.py"])
+    return launch.start(settings, ["study.py"])

@@ -30,12 +30,11 @@ from tdmpc_prune.pruning.groups import Structure, find_groups
 from tdmpc_prune.pruning.importance import Tracker
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.surgery import commit
-from tdmpc_prune.saving.autoencoders import is_autoencoder, load_autoencoder, saved_config
-from tdmpc_prune.training import prune_checkpoint
-from tdmpc_prune.training import run as pruning_steps
-from tdmpc_prune.training.agent import Trainer
-from tdmpc_prune.training.autoencoder import AutoencoderTrainer
-from tdmpc_prune.training.config import PruneCheckpointConfig
+from tdmpc_prune.saving.autoencoders import is_autoencoder, load_autoencoder
+from tdmpc_prune.settings import from_plain
+from tdmpc_prune.training import launch
+from tdmpc_prune.training.autoencoder import AutoencoderTraining
+from tdmpc_prune.training.config import AutoencoderConfig, PruneCheckpointConfig
 
 _LEAST_LOSS = 1e-3  # of an agent; the whole network's own would be 0, which has no logarithm
 _SEARCH_SEED = 10_000  # added to the evaluations' seed while a search compares plans
@@ -106,46 +105,47 @@ class _Autoencoder:
     score = "PSNR, dB"
 
     def __init__(self, checkpoint: str, prune: PruneConfig, seed: int, threads: int):
+        saved = load_autoencoder(checkpoint)
         settings = replace(
-            saved_config(checkpoint),
+            from_plain(AutoencoderConfig, saved.config),
             seed=seed,
             prune=PruneConfig(),
             start_from=None,
             threads=threads,
         )
         self._prune = prune
-        self._trainer = AutoencoderTrainer(settings, Path(checkpoint))
-        self._model = load_autoencoder(checkpoint)
+        self._training = AutoencoderTraining(settings)
+        self._model = saved.model
         self.networks: dict[str, nn.Module] = {"model": self._model}
         self.structure = find_groups(autoencoder_computation(self._model))
 
     @cached_property
     def before(self) -> Score:
-        return _psnr(self._model, self._trainer.images.test)
+        return _psnr(self._model, self._training.images.test)
 
     @cached_property
     def densities(self) -> dict[str, np.ndarray]:
         learner = self._learner(self._model)
-        tracker = Tracker(self.structure, self._model, self._prune, self._trainer.config.seed)
+        tracker = Tracker(self.structure, self._model, self._prune, self._training.config.seed)
         learner.gradient_hooks.append(tracker)
         for _ in range(self._prune.gather_updates):
-            learner.update(self._trainer.batch(), learn=False)
+            learner.update(self._training.batch(), learn=False)
         return {m: tracker.densities(m, self._model) for m in self._prune.tracked}
 
     def loss(self, networks: dict[str, nn.Module]) -> Tensor:
-        images = self._trainer.batch()
+        images = self._training.batch()
         return F.mse_loss(networks["model"](images), images)
 
     def measurement(self, plan: Plan, searching: bool = False) -> Callable[[], Score]:
-        images = self._trainer.images
+        images = self._training.images
         shown = images.train[: len(images.test)] if searching else images.test
         return partial(_psnr, self._cut(plan), shown)
 
     def fine_tuned(self, plan: Plan, length: int) -> Score:
         learner = self._learner(self._cut(plan))
         for _ in range(length):
-            learner.update(self._trainer.batch())
-        return _psnr(learner.model, self._trainer.images.test)
+            learner.update(self._training.batch())
+        return _psnr(learner.model, self._training.images.test)
 
     def _cut(self, plan: Plan) -> Autoencoder:
         model = copy.deepcopy(self._model)
@@ -154,7 +154,7 @@ class _Autoencoder:
         return model
 
     def _learner(self, model: Autoencoder) -> AutoencoderLearner:
-        return AutoencoderLearner(model, self._trainer.config.learning.learning_rate)
+        return AutoencoderLearner(model, self._training.config.learning.learning_rate)
 
 
 @no_grad()
@@ -167,17 +167,15 @@ class _Agent:
 
     def __init__(self, config: PruneCheckpointConfig):
         self._config = config
-        self._trainer = Trainer(prune_checkpoint.training_config(config), Path("."))
-        self._learner = self._trainer.learner
+        self._run = launch.prepare(launch.pruning_run(config, []))
+        self._training = self._run.trainee
+        self._learner = self._training.learner
         self.networks: dict[str, nn.Module] = {
             "model": self._learner.model,
             "target": self._learner.target,
         }
-        self.structure = self._trainer.course.structure
-        settings = self._trainer.config
-        self._agent = Agent(
-            self._learner.model, settings.model, settings.task, settings.action_repeat
-        )
+        self.structure = self._run.pruner.structure
+        self._agent = self._training.agent()
         self._whole = copy.deepcopy(self._learner.model)  # while `networks` are masked
 
     @cached_property
@@ -186,8 +184,8 @@ class _Agent:
 
     @cached_property
     def densities(self) -> dict[str, np.ndarray]:
-        pruning_steps.gather_all(self._trainer)
-        return self._trainer.course.all_densities(1.0)
+        self._run.gather_all()
+        return self._run.pruner.all_densities(1.0)
 
     def loss(self, networks: dict[str, nn.Module]) -> Tensor:
         """How differently action sequences are scored, and how differently the policy acts.
@@ -197,12 +195,12 @@ class _Agent:
         there: 1 - their correlation with the whole network's. The policy's mean square error is in
         units of the variance of its actions.
         """
-        trainer, discount = self._trainer, self._agent.config.learning.discount
-        batch, _ = trainer.replay.sample(self._agent.config.learning.batch, trainer.rng, "cpu")
+        training, discount = self._training, self._agent.config.learning.discount
+        batch, _ = training.replay.sample(self._agent.config.learning.batch, training.rng, "cpu")
         observations = batch.observation.unsqueeze(1)  # [B, 1, O]
         action_width = batch.actions.shape[-1]
         shape = (self._agent.config.planner.horizon, len(observations), _SEQUENCES, action_width)
-        noise = _SEQUENCE_NOISE * randn(shape, generator=trainer.generator)
+        noise = _SEQUENCE_NOISE * randn(shape, generator=training.generator)
         with no_grad():
             latents = self._whole.encode(observations)
             actions, visited = follow_policy(self._whole, latents, noise)
@@ -235,7 +233,7 @@ class _Agent:
             run = replace(
                 self._config, prune=prune, env_steps=length, run_dir=str(Path(folder) / "run")
             )
-            return Score.of(prune_checkpoint.start(run, []).run().returns)
+            return Score.of(launch.start(launch.pruning_run(run, []), []).run().returns)
 
 
 def _correlation(one: Tensor, other: Tensor) -> Tensor:

@@ -28,8 +28,7 @@ from tdmpc_prune.errors import UserError
 from tdmpc_prune.saving.agents import load_agent, load_agents, load_parent
 from tdmpc_prune.thresholds import least
 from tdmpc_prune.training.config import PruneCheckpointConfig
-from tdmpc_prune.training.launch import default_run_dir
-from tdmpc_prune.training.prune_checkpoint import training_config
+from tdmpc_prune.training.launch import default_run_dir, pruning_run
 
 _SAMPLES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of the agent's own
 _FEWEST_SAMPLES = 16
@@ -129,7 +128,7 @@ def cutting(config: FitConfig) -> PruneCheckpointConfig | None:
     cut = PruneCheckpointConfig(
         config.checkpoint, config.prune, steps, seed=config.seed, threads=config.threads
     )
-    run_dir = default_run_dir(training_config(cut))
+    run_dir = default_run_dir(pruning_run(cut, []))
     if (run_dir / "run.json").exists():
         raise UserError(
             f"'{run_dir}' holds networks that were cut already; use them with checkpoint={run_dir}"

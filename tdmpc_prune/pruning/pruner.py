@@ -25,6 +25,8 @@ from tdmpc_prune.pruning.importance import Tracker
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.schedule import Schedule, make_schedule
 from tdmpc_prune.pruning.surgery import commit, kept_units
+from tdmpc_prune.thresholds import back_at
+from tdmpc_prune.thresholds import least as least_of
 
 _LEAST_GAIN = 0.01  # sparsity that a smaller cut in place of an undone one has to add
 _LEVELLED_OFF = 0.05  # a score that rises by less, as a fraction, over its last four evaluations
@@ -267,7 +269,7 @@ class Pruner:
     def hint(self, score: float) -> None:
         """Take a score of the training itself as a hint that it may be back."""
         if self.stage.phase == "recovering":
-            back = _come_back(self.stage.record["before"]["mean"])
+            back = back_at(self.stage.record["before"]["mean"])
             self.stage.came_back = self.stage.came_back or score >= back
 
     def scored(self, now: int, score: float) -> None:
@@ -308,7 +310,7 @@ class Pruner:
             stage.record = {"step": stage.step + 1, "before": values}
             stage.phase = "measured"
             return "before", stage.record
-        back = values["mean"] >= _come_back(record["before"]["mean"])
+        back = values["mean"] >= back_at(record["before"]["mean"])
         if stage.phase == "cut":
             record |= {"after": values, "recovery": 0 if back else None}
             stage.phase = "recovering"
@@ -318,7 +320,7 @@ class Pruner:
             record["recovery"] = now - record["cut_at"]
         if now < record["until"]:
             return "recovering", record
-        least = stage.reference - self.config.max_return_drop * abs(stage.reference)
+        least = least_of(stage.reference, self.config.max_return_drop)
         trained = record["until"] > record["cut_at"]  # else there was no recovery to judge
         record |= {"recovered": values, "least": least}
         record["kept"] = values["mean"] >= least or not trained
@@ -473,8 +475,3 @@ class Pruner:
         now = {n.removeprefix("now/"): t for n, t in tensors.items() if n.startswith("now/")}
         self._tracker.load_state(now, self.structure, self._learner.model)
         self._before_cut = {n: t for n, t in tensors.items() if not n.startswith("now/")}
-
-
-def _come_back(before: float) -> float:
-    """The score that counts as recovered: 95 % of the one before the cut."""
-    return before - 0.05 * abs(before)

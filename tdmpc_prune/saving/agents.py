@@ -1,22 +1,4 @@
-"""Saved agents and saved runs: tensors in safetensors, everything else in JSON, never pickled.
-
-A run's folder::
-
-    run.json                      the run's settings, versions and command
-    history.jsonl                 episodes and evaluations, one JSON object a line
-    events.out.tfevents…          the same for TensorBoard, and more
-    checkpoints/<n>-<env steps>/  the newest state
-        agent.json                format, structure, settings, provenance, checksums
-        agent.safetensors         the world model's weights
-        training.json             counters, random states (absent from a shipped agent)
-        training.safetensors      target network, Adam moments, episode in progress
-        replay.safetensors        the replay buffer
-    agents/dense/                 a pruned agent's dense parent: agent.json, agent.safetensors
-    agents/step-<n>/              the agent that each kept cut left, recovered
-
-A checkpoint is written under a hidden name, flushed to the disk, and then renamed, so that whatever
-has its final name is whole; the one before it is deleted only after that.
-"""
+"""Saved agents: weights in safetensors, everything else in JSON, never pickled."""
 
 from __future__ import annotations
 
@@ -25,7 +7,6 @@ import datetime
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -36,7 +17,7 @@ from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.machine import versions
 from tdmpc_prune.saving.files import load_tensors, read_json, save_folder, save_tensors, write_json
-from tdmpc_prune.saving.run_folder import checkpoint_dir
+from tdmpc_prune.saving.run_folder import RunFolder, checkpoint_dir, parent_folder, read_widths
 from tdmpc_prune.settings import from_plain, to_plain
 
 FORMAT = "tdmpc_prune agent"
@@ -112,7 +93,7 @@ def load_agent(
         raise UserError(f"checkpoint '{folder}' is for task={theirs}, not {task_name(task)}")
     weights = load_tensors(folder, "agent", description.get("sha256", {}))
     try:
-        model = WorldModel(_widths(description["widths"]))
+        model = WorldModel(read_widths(Widths, description["widths"]))
         model.load_state_dict(weights)
         return Agent(
             model=model.to(device),
@@ -120,7 +101,7 @@ def load_agent(
             task=theirs,
             action_repeat=description["action_repeat"],
             provenance=description["provenance"],
-            parent=_found(folder, description.get("parent")),
+            parent=parent_folder(folder, description.get("parent")),
             folder=folder,
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -134,19 +115,12 @@ def load_agents(path: str | Path) -> dict[str, Agent]:
     Raises:
         UserError: there is no agent.
     """
-    kept = sorted(Path(path).glob("agents/[!.]*/agent.json"))
-    found = {file.parent.name: load_agent(file.parent) for file in kept}
+    found = {kept.name: load_agent(kept) for kept in RunFolder(path).kept_networks()}
     latest = load_agent(path)
     name = "latest" if found else Path(path).resolve().name
     if not found and latest.parent:
         found["dense"] = load_agent(latest.parent)
     return found | {name: latest}
-
-
-def _found(folder: Path, relative: str | None) -> Path | None:
-    """The folder of an agent, named relative to another's; None if it is not there any more."""
-    path = Path(os.path.normpath(folder / relative)) if relative else None
-    return path if path and (path / "agent.json").is_file() else None
 
 
 def load_parent(
@@ -170,12 +144,3 @@ def dense_parent(path: str | Path) -> Agent | None:
     if agent.parent:
         return load_agent(agent.parent)
     return agent if agent.is_dense else None
-
-
-def _widths(values: dict[str, Any]) -> Widths:
-    """Widths from JSON, where tuples are lists."""
-
-    def tuples(value):
-        return tuple(tuples(item) for item in value) if isinstance(value, list) else value
-
-    return Widths(**{name: tuples(value) for name, value in values.items()})

@@ -328,11 +328,3 @@ def read_widths(kind: type[W], values: dict[str, Any]) -> W:
         return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
     return kind(**{name: tuples(value) for name, value in values.items()})
-
-
-def read_history(run_dir: Path, *kinds: str) -> list[dict[str, Any]]:
-    return RunFolder(run_dir).read_history(*kinds)
-
-
-def read_run(run_dir: Path) -> dict[str, Any]:
-    return RunFolder(run_dir).settings()

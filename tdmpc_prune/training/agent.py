@@ -319,7 +319,7 @@ class AgentTraining:
     ) -> Evaluation | None:
         broken: list[StepError] = []
         evaluation = evaluate(
-            self._agent({}, None),
+            self.agent(),
             samples,
             EVALUATION_SEED,
             interrupted=interrupted,
@@ -348,7 +348,7 @@ class AgentTraining:
         return {"returns": measured.returns}
 
     def size(self) -> dict[str, float]:
-        return self._agent({}, None).size()
+        return self.agent().size()
 
     def dense_parameters(self) -> dict[str, int]:
         return {
@@ -380,13 +380,14 @@ class AgentTraining:
     def close(self) -> None:
         self.env.close()
 
-    def _agent(self, provenance: dict[str, Any], parent: Path | None) -> Agent:
+    def agent(self, provenance: dict[str, Any] | None = None, parent: Path | None = None) -> Agent:
+        """The agent as it is now."""
         return Agent(
             model=self.model,
             config=self.config.model,
             task=self.config.task,
             action_repeat=self.action_repeat,
-            provenance=provenance,
+            provenance=provenance or {},
             parent=parent,
         )
 
@@ -407,7 +408,7 @@ class AgentTraining:
             "updates": self.learner.updates,
             "returns": measured.returns if measured else None,
         }
-        agent = self._agent(own | provenance, parent)
+        agent = self.agent(own | provenance, parent)
         write_agent(folder, replace(agent, parent=None) if agent.is_dense else agent)
 
     def rebuild(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

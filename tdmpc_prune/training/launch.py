@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from tdmpc_prune.agent.world_model import Widths
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning.plan import Plan
+from tdmpc_prune.pruning.surgery import commit
 from tdmpc_prune.saving.agents import load_agent
 from tdmpc_prune.saving.autoencoders import is_autoencoder, load_autoencoder
 from tdmpc_prune.saving.files import copy_networks, write_file
@@ -115,8 +117,9 @@ def _begun(run: Run) -> Run:
     return run
 
 
-def conclusion(run: Run) -> str:
-    """What came of a run that was taken to its end."""
+def finish(run: Run) -> str:
+    """Take a run to its end, and say what came of it. Raises: see `Run.run`."""
+    run.run()
     trainee, folder, unit = run.trainee, run.folder, words_of(run.trainee.unit)
     lines = []
     if run.was_finished:
@@ -209,3 +212,12 @@ def explain(config: PruneCheckpointConfig, given: list[str]) -> Plan:
     plan = run.pruner.plan_at(1.0, config.prune.sparsity)
     write_file(config.explain, plan.as_json(), "explain")
     return plan
+
+
+def widths_after(config: PruneCheckpointConfig) -> Widths:
+    """An agent's widths after one cut to the final sparsity. Raises UserError: no such plan."""
+    run = prepare(pruning_run(config, []))
+    run.gather_all()
+    plan = run.pruner.plan_at(1.0, config.prune.sparsity)
+    commit(plan, run.pruner.structure, run.trainee.computation())
+    return run.trainee.model.widths

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from envs import TaskError
 from tdmpc_prune.errors import NonFiniteLoss, RunError
@@ -138,6 +138,9 @@ class Trainee(Protocol):
 
     def computation(self) -> Computation:
         """All that it does with its networks."""
+
+    def take_learner(self, model: nn.Module, state: Mapping[str, Tensor], updates: int) -> None:
+        """Go on with this model, and with its learner's saved state if there is one."""
 
     def rebuild(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Go on with a learner of these weights and this state, after as many updates as now."""
@@ -379,6 +382,11 @@ class Run:
     def _version(self) -> list[int]:
         """Equal as long as the networks are the same: their updates, and the changes by pruning."""
         return [self.trainee.learner.updates, self.pruner.stage.changes if self.pruner else 0]
+
+    def take_networks(self, networks: nn.Module) -> None:
+        """Go on with other networks, of which nothing is known yet."""
+        self.trainee.take_learner(networks, {}, 0)
+        self._measured_version = None
 
     # --- Pruning ----------------------------------------------------------------------------
 
