@@ -1,0 +1,25 @@
+"""Train an agent. `python scripts/train.py --help` lists every setting."""
+
+import sys
+
+from tdmpc_prune.command_line import run_command
+from tdmpc_prune.training.config import TrainConfig
+
+
+def main(config: TrainConfig, given: list[str]) -> None:
+    """Train a TD-MPC agent on a control task, or go on with a run (resume=<its folder>).
+
+    Examples:
+      python scripts/train.py task=cartpole-swingup prune=bayesian
+      python scripts/train.py task=gym:Pendulum-v1 seed=2
+      python scripts/train.py resume=runs/cartpole-swingup/bayesian/seed1 env_steps=100000
+      python scripts/train.py -m task=cartpole-swingup seed=1,2,3
+    """
+    from tdmpc_prune.training import launch
+
+    run = launch.resume(config, given) if config.resume else launch.start(config, sys.argv)
+    print(launch.finish(run))
+
+
+if __name__ == "__main__":
+    run_command(TrainConfig, main)
