@@ -46,8 +46,8 @@ def _counted(trainer, pruning):
 
     def count(step=trainer.step):
         nonlocal steps
-        due = pruning and trainer.course.due(trainer.progress.env_steps)
-        if due and trainer.episode is None and trainer.progress.updates_due < 1:
+        due = pruning and trainer.pruner.due(trainer.now)
+        if due and trainer.trainee.episode is None and trainer.trainee.progress.updates_due < 1:
             due_at.append((steps, due))
         steps += 1
         return step()
@@ -87,13 +87,13 @@ def pruned_run(once):
 def trained(once, small_run):
     """A folder with two tiny dense networks, `agent` and `autoencoder`."""
     from tdmpc_prune.pruning.config import PruneConfig
-    from tdmpc_prune.training import autoencoder
+    from tdmpc_prune.training import launch
     from tests.test_autoencoder import small
 
     def make(folder):
         shutil.copytree(small_run[0], folder / "agent")
         config = small(folder / "autoencoder", prune=PruneConfig(), updates=150)
-        autoencoder.start(config, []).run()
+        launch.start(config, []).run()
 
     return once("trained", make)[0]
 

@@ -22,7 +22,7 @@ from tdmpc_prune.pruning.soft_masks import masked
 from tdmpc_prune.pruning.surgery import commit
 from tdmpc_prune.saving.agents import load_agent
 from tdmpc_prune.saving.autoencoders import load_autoencoder
-from tdmpc_prune.saving.run_folder import read_history
+from tdmpc_prune.saving.run_folder import RunFolder
 from tests.commands import run
 from tests.pruning_zoo import Agent, computation, losses, make_data
 from tests.test_surgery import choose, close, group_names
@@ -230,10 +230,10 @@ def test_coefficients_are_found_saved_and_carried_out(trained, tmp_path, kind, m
     done = run("prune.py", f"checkpoint={trained / kind}", *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     cut = tmp_path / "cut"
-    model = load_agent(cut).model if kind == "agent" else load_autoencoder(cut)
+    model = load_agent(cut).model if kind == "agent" else load_autoencoder(cut).model
     size = sum(p.numel() for p in model.parameters())
     assert 1 - size / plan.dense_parameters == pytest.approx(plan.achieved)
-    (step,) = read_history(cut, "pruning step")
+    (step,) = RunFolder(cut).read_history("pruning step")
     if kind == "autoencoder":  # the agent's was measured over another number of episodes
         assert step["after"]["mean"] == pytest.approx(result["cut"]["mean"], rel=1e-5)
 

@@ -31,7 +31,7 @@ from tdmpc_prune.analysis.config import GroupsConfig, StudyConfig
 from tdmpc_prune.deploy.config import BenchmarkConfig, EvaluateConfig
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.saving.agents import load_agent, save_agent
-from tdmpc_prune.saving.run_folder import read_run
+from tdmpc_prune.saving.run_folder import RunFolder
 from tests.commands import REACH, ROOT, SMALL, run, run_process
 from tests.small import small_config
 from tests.synthetic import Reach
@@ -317,7 +317,7 @@ def test_older_files_that_kept_another_spelling_are_of_the_same_task(tmp_path):
     with pytest.raises(UserError, match="is for task=cartpole-swingup, not walker-walk"):
         load_agent(tmp_path / "agent", task="walker_walk")
     (tmp_path / "run.json").write_text(json.dumps({"settings": {"task": "cartpole_swingup"}}))
-    assert read_run(tmp_path) == {"task": "cartpole-swingup"}
+    assert RunFolder(tmp_path).settings() == {"task": "cartpole-swingup"}
 
 
 @pytest.mark.parametrize(

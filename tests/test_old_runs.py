@@ -12,7 +12,7 @@ import pytest
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.saving.agents import load_agent
 from tdmpc_prune.saving.autoencoders import load_autoencoder
-from tdmpc_prune.saving.run_folder import read_history
+from tdmpc_prune.saving.run_folder import RunFolder
 from tests.commands import ROOT, run
 
 BEFORE = ROOT / "tests" / "data" / "before"
@@ -32,7 +32,7 @@ def test_what_was_saved_before_is_loaded(load):
     before = files(run_dir)
     plan = Plan.load(run_dir / "plans" / "step-1.json")
     dense, cut = load(run_dir / "agents" / "dense"), load(run_dir)
-    (said,) = read_history(run_dir, "cut")
+    (said,) = RunFolder(run_dir).read_history("cut")
     assert size(cut) == said["parameters"] < size(dense)
     assert plan.sparsity == said["target"]
     assert files(run_dir) == before
@@ -64,20 +64,22 @@ def test_a_run_begun_before_goes_on_to_its_end(
     assert after.startswith(begun)  # it goes on line by line
     moments = [line[unit] for line in map(json.loads, after.splitlines()) if unit in line]
     assert moments == sorted(moments) and moments[-1] == evaluations[-1]
-    assert [line[unit] for line in read_history(folder, "evaluation")] == evaluations
-    episodes = [line["env_steps"] for line in read_history(folder, "episode")]
+    assert [line[unit] for line in RunFolder(folder).read_history("evaluation")] == evaluations
+    episodes = [line["env_steps"] for line in RunFolder(folder).read_history("episode")]
     assert episodes == (list(range(20, 201, 20)) if kind == "agent" else [])
 
-    assert [cut[unit] for cut in read_history(folder, "cut")] == cuts
-    steps = read_history(folder, "pruning step")
+    assert [cut[unit] for cut in RunFolder(folder).read_history("cut")] == cuts
+    steps = RunFolder(folder).read_history("pruning step")
     assert [(step["step"], step["cut_at"]) for step in steps] == [*enumerate(cuts, 1)]
     assert all(step["kept"] and step["sparsity"] >= step["target"] for step in steps)
     # What was measured before the stop belongs to the step that ends after it.
-    for moment, entry in zip(("before", "after"), read_history(folder, "tracking"), strict=False):
+    for moment, entry in zip(
+        ("before", "after"), RunFolder(folder).read_history("tracking"), strict=False
+    ):
         assert (entry["moment"], entry["step"]) == (moment, 1)
         assert steps[0][moment]["mean"] == entry["mean"]
 
-    last = read_history(folder, "evaluation")[-1]
+    last = RunFolder(folder).read_history("evaluation")[-1]
     assert sparsity <= last["sparsity"] < sparsity + 0.1
     assert size(load(folder)) == last["parameters"]
     for number, step in enumerate(steps, 1):

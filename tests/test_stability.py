@@ -16,7 +16,7 @@ from tdmpc_prune.analysis import stability, stability_report
 from tdmpc_prune.analysis.config import StabilityConfig
 from tdmpc_prune.analysis.stability import Episodes, Judged, Rate, Stability, Target
 from tdmpc_prune.saving.agents import load_agent
-from tdmpc_prune.training import launch as runs
+from tdmpc_prune.training import launch
 from tests.commands import run
 from tests.small import small_config
 
@@ -256,7 +256,7 @@ def test_a_whole_pruning_run_is_certified(pruned, tmp_path):
 
 def test_one_agent_with_a_reference_of_its_own_and_disturbances(pruned, tmp_path):
     other = tmp_path / "other"
-    runs.start(replace(small_config(other), seed=2), []).run()
+    launch.start(replace(small_config(other), seed=2), []).run()
     arguments = [f"checkpoint=[{pruned}/agents/step-3]", f"reference={other}", "episodes=3"]
     arguments.append("probability=0.2")  # three of three show no more
     done = run("stability.py", *arguments, "disturb.observation_noise=0.3", cwd=tmp_path)
