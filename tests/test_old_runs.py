@@ -16,6 +16,10 @@ from tdmpc_prune.saving.run_folder import RunFolder
 from tests.commands import ROOT, run
 
 BEFORE = ROOT / "tests" / "data" / "before"
+LOAD = {
+    "agent": lambda run: load_agent(run).model,
+    "autoencoder": lambda run: load_autoencoder(run).model,
+}
 
 
 def files(folder):
@@ -26,9 +30,9 @@ def size(network):
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("load", [lambda run: load_agent(run).model, load_autoencoder])
-def test_what_was_saved_before_is_loaded(load):
-    run_dir = BEFORE / ("autoencoder" if load is load_autoencoder else "agent")
+@pytest.mark.parametrize("kind", ["agent", "autoencoder"])
+def test_what_was_saved_before_is_loaded(kind):
+    run_dir, load = BEFORE / kind, LOAD[kind]
     before = files(run_dir)
     plan = Plan.load(run_dir / "plans" / "step-1.json")
     dense, cut = load(run_dir / "agents" / "dense"), load(run_dir)
@@ -39,20 +43,14 @@ def test_what_was_saved_before_is_loaded(load):
 
 
 @pytest.mark.parametrize(
-    ("kind", "script", "unit", "cuts", "evaluations", "sparsity", "load"),
+    ("kind", "script", "unit", "cuts", "evaluations", "sparsity"),
     [
-        (
-            *("agent", "train.py", "env_steps", [80, 120, 160], [60, 120, 180, 200], 0.7),
-            lambda run: load_agent(run).model,
-        ),
-        (
-            *("autoencoder", "train_autoencoder.py", "updates", [20, 28, 36], [20, 40, 60], 0.6),
-            load_autoencoder,
-        ),
+        ("agent", "train.py", "env_steps", [80, 120, 160], [60, 120, 180, 200], 0.7),
+        ("autoencoder", "train_autoencoder.py", "updates", [20, 28, 36], [20, 40, 60], 0.6),
     ],
 )
 def test_a_run_begun_before_goes_on_to_its_end(
-    tmp_path, kind, script, unit, cuts, evaluations, sparsity, load
+    tmp_path, kind, script, unit, cuts, evaluations, sparsity
 ):
     folder = shutil.copytree(BEFORE / kind, tmp_path / "run")
     begun = (folder / "history.jsonl").read_text()
@@ -73,15 +71,14 @@ def test_a_run_begun_before_goes_on_to_its_end(
     assert [(step["step"], step["cut_at"]) for step in steps] == [*enumerate(cuts, 1)]
     assert all(step["kept"] and step["sparsity"] >= step["target"] for step in steps)
     # What was measured before the stop belongs to the step that ends after it.
-    for moment, entry in zip(
-        ("before", "after"), RunFolder(folder).read_history("tracking"), strict=False
-    ):
+    tracked = RunFolder(folder).read_history("tracking")
+    for moment, entry in zip(("before", "after"), tracked, strict=False):
         assert (entry["moment"], entry["step"]) == (moment, 1)
         assert steps[0][moment]["mean"] == entry["mean"]
 
     last = RunFolder(folder).read_history("evaluation")[-1]
     assert sparsity <= last["sparsity"] < sparsity + 0.1
-    assert size(load(folder)) == last["parameters"]
+    assert size(LOAD[kind](folder)) == last["parameters"]
     for number, step in enumerate(steps, 1):
-        assert size(load(folder / "agents" / f"step-{number}")) == step["parameters"]
+        assert size(LOAD[kind](folder / "agents" / f"step-{number}")) == step["parameters"]
     assert {path: path.read_bytes() for path in kept} == kept
