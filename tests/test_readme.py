@@ -94,6 +94,14 @@ def test_the_network_of_the_readme_is_pruned(capsys):
     assert "mlp" in capsys.readouterr().out
 
 
+def test_the_control_loop_of_the_readme_controls(monkeypatch):
+    (block,) = [block for block in blocks(README, "python") if "Controller" in block]
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["reward"] > 7  # of 8: one for each simulator step with the pole up
+
+
 def rows(page):
     """Every row of every table that has milliseconds and parameters, by the head of its columns."""
     found, head = [], []
