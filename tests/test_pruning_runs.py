@@ -175,8 +175,8 @@ def test_a_run_stopped_in_a_pruning_step_resumes_exactly(whole_run, tmp_path, wh
 def returns(monkeypatch, script):
     """Let evaluations return what `script(cut count)` says."""
 
-    def evaluate(model, *_, **__):
-        value = script(sum(p.numel() for p in model.parameters()))
+    def evaluate(agent, *_, **__):
+        value = script(sum(p.numel() for p in agent.model.parameters()))
         return Evaluation([value, value], 1, 0.0)
 
     monkeypatch.setattr("tdmpc_prune.training.agent.evaluate", evaluate)
@@ -624,12 +624,26 @@ PRUNED = [*SMALL, "prune=bayesian", "prune.min_width=2", "prune.round_to=1", "pr
         (["prune.shape=cosin"], "must be one of cosine, linear, cubic"),
         (["prune.budgets={dynamics: 3}"], "must lie in [0, 1]"),
         (["prune.spasity=0.5"], "did you mean prune.sparsity"),
-        (["prune=bayesan"], "the choices are none, bayesian"),
-        (["prune.plan=nowhere.json"], "plan 'nowhere.json' cannot be read"),
+        (["prune.plan=nowhere.json"], "prune.min_width=2 has no effect with prune.plan=…"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_line_and_nothing_starts(tmp_path, arguments, message):
-    done = run("train.py", *PRUNED, *arguments, cwd=tmp_path)
+    refused([*PRUNED, *arguments], message, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune=bayesan"], "the choices are none, bayesian"),
+        (["prune=bayesian", "prune.plan=nowhere.json"], "plan 'nowhere.json' cannot be read"),
+    ],
+)
+def test_a_wrong_choice_or_plan_is_one_line(tmp_path, arguments, message):
+    refused([*SMALL, *arguments], message, tmp_path)
+
+
+def refused(arguments, message, tmp_path):
+    done = run("train.py", *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and message in lines[0], done.stderr

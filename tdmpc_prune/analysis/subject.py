@@ -167,7 +167,7 @@ class _Agent:
 
     def __init__(self, config: PruneCheckpointConfig):
         self._config = config
-        self._run = launch.prepare(launch.pruning_run(config, []))
+        self._run = launch.assemble(launch.pruning_run(config, []))
         self._training = self._run.trainee
         self._learner = self._training.learner
         self.networks: dict[str, nn.Module] = {

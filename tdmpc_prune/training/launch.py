@@ -53,13 +53,20 @@ def start(config: RunConfig, command: list[str]) -> Run:
     return _begun(run)
 
 
+def assemble(config: RunConfig, folder: RunFolder | None = None) -> Run:
+    """A run, or what it is made of for other uses; nothing is checked or written."""
+    trainee = AgentTraining if isinstance(config, TrainConfig) else AutoencoderTraining
+    folder = folder or RunFolder(config.run_dir or default_run_dir(config))
+    return Run(trainee(config), folder)
+
+
 def prepare(config: RunConfig) -> Run:
-    """A run that has not begun: nothing is written.
+    """A run that can be carried out and has not begun; nothing is written.
 
     Raises:
         UserError: see `start`.
     """
-    run = _run(config, RunFolder(config.run_dir or default_run_dir(config)))
+    run = assemble(config)
     if run.pruner:
         run.pruner.check(run.trainee.first_update)
     run.trainee.rehearse()
@@ -93,17 +100,12 @@ def resume(config: RunConfig, given: list[str]) -> Run:
             )
     changed = {name: getattr(config, name) for name in given if name != "resume"}
     if not folder.checkpoints():  # it was killed before its first
-        return _begun(_run(replace(saved, **changed), folder))
+        return _begun(assemble(replace(saved, **changed), folder))
     # Its own checkpoint holds what it was started with.
     own = {"start_from": None, "prune": replace(saved.prune, plan=None)}
-    run = _run(replace(saved, **changed, **own), folder)
+    run = assemble(replace(saved, **changed, **own), folder)
     run.load()
     return run
-
-
-def _run(config: RunConfig, folder: RunFolder) -> Run:
-    of_agent = isinstance(config, TrainConfig)
-    return Run(AgentTraining(config) if of_agent else AutoencoderTraining(config), folder)
 
 
 def _begun(run: Run) -> Run:
