@@ -269,11 +269,11 @@ def undoing_config(run_dir, **changes):
 
 
 @pytest.mark.drawn
-def test_an_undone_cut_is_tried_again_smaller_while_there_is_time(tmp_path, monkeypatch, capsys):
+def test_an_undone_cut_is_tried_again_smaller_while_there_is_time(tmp_path, monkeypatch):
     returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
     run_dir = tmp_path / "run"
     trainer = launch.start(undoing_config(run_dir), [])
-    launch.finish(trainer)
+    said = launch.finish(trainer)
     steps = RunFolder(run_dir).read_history("pruning step")
     assert len(steps) > 3 and not steps[1]["kept"]
     assert steps[2]["cut_at"] == steps[1]["until"]  # at once
@@ -293,8 +293,7 @@ def test_an_undone_cut_is_tried_again_smaller_while_there_is_time(tmp_path, monk
     last = [step for step in steps if not step["kept"]][-1]
     why = f"cut {last['step']} (to {last['sparsity']:.3f}) was undone because its return 50 stayed"
     assert end["shortfall"].startswith(f"{why} below 90; ")
-    out = capsys.readouterr().out
-    assert "0.7 was asked for" in out and f"less than asked for: {why}" in out
+    assert "0.7 was asked for" in said and f"less than asked for: {why}" in said
     assert load_agent(run_dir).provenance["pruning"]["shortfall"] == end["shortfall"]
 
 
@@ -476,7 +475,7 @@ def test_the_checkpoints_evaluation_is_not_played_again(dense, tmp_path, monkeyp
     values = json.loads(path.read_text())
     values["evaluated"][0] -= 1
     path.write_text(json.dumps(values))
-    assert begun(tmp_path / "other", learnt_on).evaluation(2) is None  # it was of other weights
+    assert begun(tmp_path / "other", learnt_on).measure(2) is None  # it was of other weights
 
 
 def test_one_cut_without_recovery_changes_no_weight_that_stays(dense, tmp_path):
@@ -499,7 +498,7 @@ def test_an_agent_without_its_buffer_plays_episodes_first(dense, tmp_path):
     trainer.run()
     assert len(RunFolder(tmp_path / "run").read_history("cut")) == 3
     assert trainer.now == 320  # the gathered episodes are not counted
-    assert len(trainer.replay) == min(110, 20 * 2 + 120)
+    assert len(trainer.trainee.replay) == min(110, 20 * 2 + 120)
 
 
 @pytest.mark.parametrize("explained", [False, True])

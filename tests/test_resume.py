@@ -284,11 +284,11 @@ def test_episodes_that_break_off_are_counted_and_resumed_exactly(tmp_path):
     whole = launch.start(small_config(tmp_path / "whole", task=task), [])
     whole.run()
     broken = [line for line in history(tmp_path / "whole") if line["kind"] == "broken episode"]
-    assert broken and whole.progress.broken_episodes == len(broken)
+    assert broken and whole.trainee.progress.broken_episodes == len(broken)
     assert "ValueError: the solver did not converge (in step " in broken[0]["reason"]
-    assert whole.progress.env_steps >= 200
+    assert whole.now >= 200
     stored = [line.get("length", 0) for line in history(tmp_path / "whole")]
-    assert sum(stored) == whole.progress.env_steps
+    assert sum(stored) == whole.now
     trainer = launch.start(small_config(tmp_path / "stopped", task=task), [])
 
     def stopped(step=trainer.step):

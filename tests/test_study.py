@@ -329,7 +329,7 @@ def test_a_share_of_a_negative_return_is_more_when_it_is_better():
 
 def test_the_picture_shows_the_share_of_runs_that_came_back():
     results = [result("random", s, 9.0, recovery=None if s > 1 else 100) for s in range(1, 6)]
-    figure = study_report._against_sparsity(results)
+    figure = study_pictures._against_sparsity(results)
     (axis,) = [axis for axis in figure.axes if "share of runs" in axis.get_title()]
     assert axis.get_lines()[0].get_ydata().tolist() == [0.2]
 

@@ -128,24 +128,25 @@ class RunFolder:
 
     def settings(self) -> dict[str, Any]:
         """The settings of the run. Raises UserError: there is no run in the folder."""
-        settings = self._description()["settings"]
+        settings = self._said("settings")
         if "task" in settings:
             settings["task"] = task_name(settings["task"])  # older runs kept it as it was typed
         return settings
 
     def command(self) -> str:
         """The command line that started the run."""
-        return command_line(self._description()["command"])
+        return command_line(self._said("command"))
 
-    def _description(self) -> dict[str, Any]:
+    def _said(self, what: str) -> Any:
+        """What `run.json` says of the run."""
         if not self.is_run:
             above = run_folder(self)
             hint = f"; it lies in {shlex.quote(str(above))}" if above else _to_give(self.path, "; ")
             raise UserError(f"'{self}' is not the folder of a run (it has no run.json){hint}")
         description = read_json(self.path / "run.json")
-        if not {"settings", "command"} <= set(description):
+        if what not in description:
             raise UserError(f"'{self}/run.json' is not of a run of this package")
-        return description
+        return description[what]
 
     # --- Checkpoints ------------------------------------------------------------------------
 
