@@ -1,5 +1,6 @@
 """The autoencoder: its images, its groups, exact cuts, and a run that is pruned and resumed."""
 
+import errno
 import gzip
 import json
 import shutil
@@ -17,7 +18,7 @@ from tdmpc_prune.autoencoder.config import LearningConfig, NetworkConfig
 from tdmpc_prune.autoencoder.data import load_images, read_idx
 from tdmpc_prune.autoencoder.learner import AutoencoderLearner
 from tdmpc_prune.autoencoder.model import Autoencoder, Widths, psnr
-from tdmpc_prune.errors import UserError
+from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.pruning.allocation import make_plan
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
@@ -25,7 +26,7 @@ from tdmpc_prune.pruning.surgery import commit, kept_units
 from tdmpc_prune.saving.autoencoders import load_autoencoder
 from tdmpc_prune.saving.run_folder import RunFolder
 from tdmpc_prune.training import launch
-from tdmpc_prune.training.config import AutoencoderConfig
+from tdmpc_prune.training.config import AutoencoderConfig, PruneCheckpointConfig
 from tdmpc_prune.training.log import RunLog
 from tests.commands import run
 
@@ -254,3 +255,59 @@ def test_wrong_input_is_one_line(tmp_path, arguments, message):
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and message in lines[0], done.stderr
     assert not list(tmp_path.iterdir())
+
+
+# --- As an agent's run does -------------------------------------------------------------------
+
+
+def test_a_non_finite_loss_stops_the_run_before_any_weight_changes_by_it(tmp_path):
+    learning = LearningConfig(batch=16, learning_rate=1e30)
+    begun = launch.start(small(tmp_path / "run", prune=PruneConfig(), learning=learning), [])
+    with pytest.raises(RunError, match=r"after \d+ updates because the .* is (inf|nan); the state"):
+        begun.run()
+    saved = load_autoencoder(tmp_path / "run").model.state_dict()
+    assert all(torch.isfinite(value).all() for value in saved.values())
+    assert "try a smaller learning.learning_rate" in _message(begun)
+
+
+def _message(begun):
+    """What stops it again when it goes on from what it saved."""
+    config = replace(begun.config, resume=str(begun.folder))
+    with pytest.raises(RunError) as error:
+        launch.resume(config, ["resume"]).run()
+    return str(error.value)
+
+
+def test_a_full_disk_is_said_with_what_is_whole_and_how_to_go_on(tmp_path, monkeypatch):
+    begun = launch.start(small(tmp_path / "run"), [])
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunLog, "record", full)
+    with pytest.raises(RunError, match=r"No space left on device; the newest .* is whole, go on"):
+        begun.run()
+
+
+def test_networks_that_were_cut_keep_their_dense_parent_and_their_commands(whole_run, tmp_path):
+    config = PruneCheckpointConfig(str(whole_run), PRUNE, updates=0, run_dir=str(tmp_path / "run"))
+    prune = replace(PRUNE, start=0.0, steps=1, sparsity=0.8, gather_updates=3)
+    settings = launch.pruning_run(replace(config, prune=prune), [])
+    again = launch.start(settings, ["prune.py", "checkpoint=x"])
+    said = launch.finish(again)
+    assert "what each cut did" in said and "reconstructions" in said
+    found, first = load_autoencoder(tmp_path / "run"), load_autoencoder(whole_run)
+    assert found.parent.resolve() == (tmp_path / "run/agents/dense").resolve()
+    assert load_autoencoder(found.parent).is_dense and not first.is_dense
+    assert found.provenance["commands"] == [
+        "python scripts/train_autoencoder.py",
+        "python scripts/prune.py checkpoint=x",
+    ]
+    assert found.provenance["pruning"]["sparsity"] >= 0.8
+
+
+def test_what_differs_from_the_checkpoint_is_said(whole_run, tmp_path):
+    other = NetworkConfig(widths=[8, 12], latent_width=9)
+    config = small(tmp_path / "run", start_from=str(whole_run), network=other, updates=80)
+    with pytest.raises(UserError, match=r"its network is .*'latent_width': 8.*'latent_width': 9"):
+        launch.start(config, [])
