@@ -1,4 +1,4 @@
-"""Training an agent on a task: act, store, update. A `Trainee` of `training/run.py`.
+"""Training an agent on a task: act, store, update. A `Trainee`.
 
 Only the simulator's state cannot be saved: each episode starts from a seed of its own, and an
 episode in progress is taken up again by executing its actions anew. An episode that cannot go on,

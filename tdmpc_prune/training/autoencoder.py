@@ -1,4 +1,4 @@
-"""Training an autoencoder on images. A `Trainee` of `training/run.py`.
+"""Training an autoencoder on images. A `Trainee`.
 
 Time is counted in updates; the score is the PSNR on images that are not learnt from.
 """
