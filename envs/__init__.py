@@ -1,25 +1,36 @@
-"""Control tasks as Gymnasium environments. Knows simulators, and nothing of agents."""
+"""Control tasks as Gymnasium environments. Knows simulators, and nothing of agents.
 
-from envs.contract import frame_seconds, observation_layout, simulator_step_seconds
-from envs.disturbances import disturb
-from envs.errors import DisplayError, StepError, TaskError
-from envs.make import make_env
-from envs.rendering import Film
-from envs.tasks import default_action_repeat, suite_tasks, task_name
-from envs.viewer import Viewer
+A name is loaded when it is first asked for: who only checks a task's name needs no simulator.
+"""
 
-__all__ = [
-    "DisplayError",
-    "Film",
-    "StepError",
-    "TaskError",
-    "Viewer",
-    "default_action_repeat",
-    "disturb",
-    "frame_seconds",
-    "make_env",
-    "observation_layout",
-    "simulator_step_seconds",
-    "suite_tasks",
-    "task_name",
-]
+import importlib
+
+_HOMES = {
+    "DisplayError": "errors",
+    "Film": "rendering",
+    "StepError": "errors",
+    "TaskError": "errors",
+    "Viewer": "viewer",
+    "default_action_repeat": "tasks",
+    "disturb": "disturbances",
+    "frame_seconds": "contract",
+    "make_env": "make",
+    "observation_layout": "contract",
+    "simulator_step_seconds": "contract",
+    "suite_tasks": "tasks",
+    "task_name": "tasks",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'envs' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"envs.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

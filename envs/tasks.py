@@ -10,7 +10,6 @@ import difflib
 from functools import cache
 
 from envs.errors import TaskError, told
-from envs.rendering import choose_gl_backend
 
 GYM_PREFIX = "gym:"
 
@@ -38,6 +37,8 @@ def task_name(task: str) -> str:
 @cache
 def suite_tasks() -> dict[str, tuple[str, str]]:
     """Every DeepMind Control Suite task: dashed name → (domain, task)."""
+    from envs.rendering import choose_gl_backend  # which needs Gymnasium; a name alone does not
+
     choose_gl_backend()
     try:
         from dm_control import suite

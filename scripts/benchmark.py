@@ -3,14 +3,8 @@
 import json
 from dataclasses import asdict
 
-from tdmpc_prune.benchmark import benchmark, gain
-from tdmpc_prune.checkpoint import load_agent, load_parent
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import BenchmarkConfig
-from tdmpc_prune.errors import UserError
-from tdmpc_prune.files import write_file
-from tdmpc_prune.runtime import choose_device, set_threads
-from tdmpc_prune.words import counted
+from tdmpc_prune.deploy.config import BenchmarkConfig
 
 
 def main(config: BenchmarkConfig, given: list[str]) -> None:
@@ -20,7 +14,13 @@ def main(config: BenchmarkConfig, given: list[str]) -> None:
       python scripts/benchmark.py model=paper
       python scripts/benchmark.py checkpoints/cartpole-swingup-fitted
     """
-    set_threads(config.threads)
+    from tdmpc_prune.deploy.benchmark import benchmark, gain
+    from tdmpc_prune.errors import UserError
+    from tdmpc_prune.machine import choose_device
+    from tdmpc_prune.saving.agents import load_agent, load_parent
+    from tdmpc_prune.saving.files import write_file
+    from tdmpc_prune.words import counted
+
     device = choose_device(config.device)
     if config.checkpoint:
         agent = load_agent(config.checkpoint, device, config.task if "task" in given else None)
@@ -40,4 +40,4 @@ def main(config: BenchmarkConfig, given: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command("benchmark", main)
+    run_command(BenchmarkConfig, main)

@@ -1,10 +1,7 @@
 """Compare ways to choose how much to prune from each group. `--help` lists every setting."""
 
-from tdmpc_prune import optimize_coefficients as coefficients
+from tdmpc_prune.analysis.config import CompareCoefficientsConfig
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import CompareCoefficientsConfig
-from tdmpc_prune.files import check_folder, write_file
-from tdmpc_prune.runtime import set_threads
 
 
 def main(config: CompareCoefficientsConfig, given: list[str]) -> None:
@@ -13,7 +10,9 @@ def main(config: CompareCoefficientsConfig, given: list[str]) -> None:
     Examples:
       python scripts/compare_coefficients.py runs/autoencoder-digits/none/seed1 <another>
     """
-    set_threads(config.threads)
+    from tdmpc_prune.analysis import coefficients as coefficients
+    from tdmpc_prune.saving.files import check_folder, write_file
+
     check_folder(config.out, "out")
     rows, score = coefficients.compare(config)
     table = coefficients.comparison_table(rows, config.sparsities, score)
@@ -24,4 +23,4 @@ def main(config: CompareCoefficientsConfig, given: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command("compare_coefficients", main)
+    run_command(CompareCoefficientsConfig, main)

@@ -3,13 +3,8 @@
 import sys
 from pathlib import Path
 
-from tdmpc_prune import agent_report, playing
-from tdmpc_prune.checkpoint import command_line, load_agent, load_parent
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import EvaluateConfig
-from tdmpc_prune.errors import UserError
-from tdmpc_prune.runtime import choose_device, set_threads
-from tdmpc_prune.words import narrowed
+from tdmpc_prune.deploy.config import EvaluateConfig
 
 
 def main(config: EvaluateConfig, given: list[str]) -> None:
@@ -20,7 +15,14 @@ def main(config: EvaluateConfig, given: list[str]) -> None:
       python scripts/evaluate.py checkpoints/cartpole-swingup-pruned viewer=true
       python scripts/evaluate.py runs/cartpole-swingup/none/seed1 video=out.mp4 episodes=1
     """
-    set_threads(config.threads)
+    from tdmpc_prune.deploy import card as agent_report
+    from tdmpc_prune.deploy import playing
+    from tdmpc_prune.errors import UserError
+    from tdmpc_prune.machine import choose_device
+    from tdmpc_prune.saving.agents import load_agent, load_parent
+    from tdmpc_prune.saving.run_folder import command_line
+    from tdmpc_prune.words import narrowed
+
     device = choose_device(config.device)
     agent = load_agent(config.checkpoint, device, config.task)
     if config.viewer:
@@ -53,4 +55,4 @@ def main(config: EvaluateConfig, given: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command("evaluate", main)
+    run_command(EvaluateConfig, main)

@@ -2,12 +2,8 @@
 
 from pathlib import Path
 
-from tdmpc_prune.checkpoint import load_agent
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import ExportConfig
-from tdmpc_prune.export import CHECKED, export
-from tdmpc_prune.runtime import set_threads
-from tdmpc_prune.settings import typed
+from tdmpc_prune.deploy.config import ExportConfig
 
 
 def main(config: ExportConfig, given: list[str]) -> None:
@@ -16,7 +12,10 @@ def main(config: ExportConfig, given: list[str]) -> None:
     Examples:
       python scripts/export.py checkpoints/cartpole-swingup-fitted
     """
-    set_threads(1)
+    from tdmpc_prune.deploy.export import CHECKED, export
+    from tdmpc_prune.saving.agents import load_agent
+    from tdmpc_prune.settings import typed
+
     agent = load_agent(config.checkpoint)
     name = f"{agent.task.replace(':', '-').replace('/', '-')}-{config.part}.onnx"
     done = export(agent, config.part, Path(config.out or name))
@@ -30,4 +29,4 @@ def main(config: ExportConfig, given: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command("export", main)
+    run_command(ExportConfig, main)

@@ -3,13 +3,8 @@
 import sys
 from dataclasses import replace
 
-from tdmpc_prune import fit, prune_checkpoint, runs
-from tdmpc_prune.checkpoint import command_line
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import FitConfig
-from tdmpc_prune.errors import UserError
-from tdmpc_prune.runtime import set_threads
-from tdmpc_prune.words import narrowed
+from tdmpc_prune.deploy.config import FitConfig
 
 
 def main(config: FitConfig, given: list[str]) -> None:
@@ -18,21 +13,28 @@ def main(config: FitConfig, given: list[str]) -> None:
     Examples:
       python scripts/fit.py runs/cartpole-swingup/bayesian/seed1 rate_hz=200
     """
+    from tdmpc_prune.deploy import fit, fit_report
+    from tdmpc_prune.errors import UserError
+    from tdmpc_prune.saving.run_folder import command_line
+    from tdmpc_prune.training import launch
+    from tdmpc_prune.words import narrowed
+
     folder = fit.free_folder(config)
     fit.dense_agent(config)  # or nothing is begun
     if cutting := fit.cutting(config):
-        trainer = prune_checkpoint.start(cutting, sys.argv)
-        runs.finish(trainer)
-        config = replace(config, checkpoint=str(trainer.run_dir))
+        run = launch.start(launch.pruning_run(cutting, []), sys.argv)
+        print(launch.finish(run))
+        config = replace(config, checkpoint=str(run.folder))
     elif idle := config.idle_uncut(given):
         raise UserError(f"{idle.name} has no effect {idle.reason}; add {idle.needed}")
-    set_threads(config.threads)
     found = fit.fit(config, folder, command_line(sys.argv))
-    print(narrowed(found.table()) if found.played else "no candidate is fast enough")
+    print(narrowed(fit_report.table(found)) if found.played else "no candidate is fast enough")
     if found.fitted is None:
-        raise fit.failure(found, config)
-    print(f"\n{found.sentence(config)}\nsaved in {folder}, with its card and frontier.png")
+        raise fit_report.failure(found, config)
+    print(
+        f"\n{fit_report.sentence(found, config)}\nsaved in {folder}, with its card and frontier.png"
+    )
 
 
 if __name__ == "__main__":
-    run_command("fit", main)
+    run_command(FitConfig, main)

@@ -2,11 +2,8 @@
 
 import json
 
+from tdmpc_prune.analysis.config import GroupsConfig
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.compression import agent_groups
-from tdmpc_prune.config import GroupsConfig
-from tdmpc_prune.files import write_file
-from tdmpc_prune.words import narrowed
 
 
 def main(config: GroupsConfig, given: list[str]) -> None:
@@ -16,6 +13,10 @@ def main(config: GroupsConfig, given: list[str]) -> None:
       python scripts/groups.py task=cartpole-swingup model=paper
       python scripts/groups.py checkpoints/cartpole-swingup-pruned
     """
+    from tdmpc_prune.analysis.groups import agent_groups
+    from tdmpc_prune.saving.files import write_file
+    from tdmpc_prune.words import narrowed
+
     structure = agent_groups(config)
     print(narrowed(structure.table()))
     if config.json:
@@ -24,4 +25,4 @@ def main(config: GroupsConfig, given: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command("groups", main)
+    run_command(GroupsConfig, main)

@@ -2,11 +2,8 @@
 
 from pathlib import Path
 
-from tdmpc_prune import importance_history
-from tdmpc_prune.checkpoint import beside, run_folder
+from tdmpc_prune.analysis.config import ImportanceConfig
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import ImportanceConfig
-from tdmpc_prune.files import check_folder, png, write_file
 
 
 def main(config: ImportanceConfig, given: list[str]) -> None:
@@ -15,6 +12,10 @@ def main(config: ImportanceConfig, given: list[str]) -> None:
     Examples:
       python scripts/importance.py runs/cartpole-swingup/bayesian/seed1
     """
+    from tdmpc_prune.saving.files import check_folder, png, write_file
+    from tdmpc_prune.saving.run_folder import beside, run_folder
+    from tdmpc_prune.training import importance_history
+
     run = run_folder(config.checkpoint) or Path(config.checkpoint)
     history = importance_history.read(run)
     out = config.out or beside(run, "importance")
@@ -28,4 +29,4 @@ def main(config: ImportanceConfig, given: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command("importance", main)
+    run_command(ImportanceConfig, main)

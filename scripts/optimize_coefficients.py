@@ -4,12 +4,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from tdmpc_prune.checkpoint import beside
+from tdmpc_prune.analysis.config import CoefficientsConfig
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import CoefficientsConfig
-from tdmpc_prune.files import check_folder, write_file
-from tdmpc_prune.optimize_coefficients import optimize, text
-from tdmpc_prune.runtime import set_threads
 
 
 def main(config: CoefficientsConfig, given: list[str]) -> None:
@@ -19,7 +15,10 @@ def main(config: CoefficientsConfig, given: list[str]) -> None:
       python scripts/optimize_coefficients.py runs/autoencoder-digits/none/seed1 sparsity=0.8
       python scripts/optimize_coefficients.py runs/cartpole-swingup/none/seed1 method=grid
     """
-    set_threads(config.threads)
+    from tdmpc_prune.analysis.coefficients import optimize, text
+    from tdmpc_prune.saving.files import check_folder, write_file
+    from tdmpc_prune.saving.run_folder import beside
+
     name = f"{config.method}-{config.sparsity:g}.json"
     out = Path(config.out) if config.out else beside(config.checkpoint, name)
     check_folder(out, "out")
@@ -32,4 +31,4 @@ def main(config: CoefficientsConfig, given: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command("optimize_coefficients", main)
+    run_command(CoefficientsConfig, main)

@@ -2,9 +2,8 @@
 
 import sys
 
-from tdmpc_prune import prune_checkpoint
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import PruneCheckpointConfig
+from tdmpc_prune.training.config import PruneCheckpointConfig
 
 
 def main(config: PruneCheckpointConfig, given: list[str]) -> None:
@@ -15,12 +14,14 @@ def main(config: PruneCheckpointConfig, given: list[str]) -> None:
       python scripts/prune.py runs/cartpole-swingup/none/seed1 explain=plan.json
       python scripts/prune.py runs/cartpole-swingup/none/seed1 prune.plan=plan.json
     """
+    from tdmpc_prune.training import launch
+
     if config.explain:
-        plan = prune_checkpoint.explain(config, given)
+        plan = launch.explain(config, given)
         print(f"{plan.explain()}\n\nwritten to {config.explain}; nothing was cut")
         return
-    prune_checkpoint.run(config, given, sys.argv)
+    print(launch.finish(launch.start(launch.pruning_run(config, given), sys.argv)))
 
 
 if __name__ == "__main__":
-    run_command("prune", main)
+    run_command(PruneCheckpointConfig, main)

@@ -6,6 +6,7 @@ Only the graph, the JSON beside it, NumPy and ONNX Runtime are needed; `envs` is
 import argparse
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,8 @@ def main() -> None:
     parser.add_argument("episodes", type=int, nargs="?", default=10)
     parser.add_argument("task", nargs="?", help="another task with the same sizes")
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal may lack a sign
+        with suppress(AttributeError, ValueError):  # a stream that is none of the system's
+            stream.reconfigure(errors="replace")  # a terminal may lack a sign
     given = parser.parse_args()
     try:
         returns = play(given.graph, given.task, max(1, given.episodes))

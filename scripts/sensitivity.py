@@ -2,11 +2,8 @@
 
 import json
 
-from tdmpc_prune import sensitivity
-from tdmpc_prune.checkpoint import beside
+from tdmpc_prune.analysis.config import SensitivityConfig
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import SensitivityConfig
-from tdmpc_prune.files import check_folder, write_file
 
 
 def main(config: SensitivityConfig, given: list[str]) -> None:
@@ -15,6 +12,10 @@ def main(config: SensitivityConfig, given: list[str]) -> None:
     Examples:
       python scripts/sensitivity.py runs/cartpole-swingup/none/seed1
     """
+    from tdmpc_prune.analysis import sensitivity
+    from tdmpc_prune.saving.files import check_folder, write_file
+    from tdmpc_prune.saving.run_folder import beside
+
     out = config.out or beside(config.checkpoint, "sensitivity")
     check_folder(out, "out")
     found = sensitivity.measure(config)
@@ -28,4 +29,4 @@ def main(config: SensitivityConfig, given: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command("sensitivity", main)
+    run_command(SensitivityConfig, main)

@@ -2,12 +2,11 @@
 
 import sys
 
-from tdmpc_prune import runs
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import TrainConfig
+from tdmpc_prune.training.config import TrainConfig
 
 
-def train(config: TrainConfig, given: list[str]) -> None:
+def main(config: TrainConfig, given: list[str]) -> None:
     """Train a TD-MPC agent on a control task, or go on with a run (resume=<its folder>).
 
     Examples:
@@ -16,9 +15,11 @@ def train(config: TrainConfig, given: list[str]) -> None:
       python scripts/train.py resume=runs/cartpole-swingup/bayesian/seed1 env_steps=100000
       python scripts/train.py -m task=cartpole-swingup seed=1,2,3
     """
-    fresh = not config.resume
-    runs.finish(runs.start(config, sys.argv) if fresh else runs.resume(config, given))
+    from tdmpc_prune.training import launch
+
+    run = launch.resume(config, given) if config.resume else launch.start(config, sys.argv)
+    print(launch.finish(run))
 
 
 if __name__ == "__main__":
-    run_command("train", train)
+    run_command(TrainConfig, main)

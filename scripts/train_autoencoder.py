@@ -2,21 +2,22 @@
 
 import sys
 
-from tdmpc_prune import autoencoder_training
 from tdmpc_prune.command_line import run_command
-from tdmpc_prune.config import AutoencoderConfig
+from tdmpc_prune.training.config import AutoencoderConfig
 
 
-def train(config: AutoencoderConfig, given: list[str]) -> None:
+def main(config: AutoencoderConfig, given: list[str]) -> None:
     """Train an autoencoder on real images, or go on with a run (resume=<its folder>).
 
     Examples:
       python scripts/train_autoencoder.py prune=bayesian
       python scripts/train_autoencoder.py data=mnist data.dir=<folder with MNIST's IDX files>
     """
-    start, resume = autoencoder_training.start, autoencoder_training.resume
-    autoencoder_training.finish(resume(config, given) if config.resume else start(config, sys.argv))
+    from tdmpc_prune.training import launch
+
+    run = launch.resume(config, given) if config.resume else launch.start(config, sys.argv)
+    print(launch.finish(run))
 
 
 if __name__ == "__main__":
-    run_command("train_autoencoder", train)
+    run_command(AutoencoderConfig, main)

@@ -36,7 +36,8 @@ class Declared:
     nullable: bool
     default: Any
     text: str
-    choices: dict[str, str]  # of a group: name → what it means
+    choices: dict[str, str]  # of a group: name → what it means; the first is the default
+    values: dict[str, Any]  # of a group: name → what is chosen, those not offered included
     used: bool  # False: it has no effect in this command
     positional: bool
     formerly: str | None
@@ -55,21 +56,24 @@ class Settings:
         self._add(schema(), "", ())
 
     def _add(self, config: Any, prefix: str, unused: tuple[str, ...]) -> None:
-        hints = typing.get_type_hints(type(config))
-        for field in dataclasses.fields(config):
+        hints, own = typing.get_type_hints(type(config)), vars(type(config))["__annotations__"]
+        # What several commands share comes after what a command has of its own.
+        for field in sorted(dataclasses.fields(config), key=lambda field: field.name not in own):
             value, name = getattr(config, field.name), prefix + field.name
             alternatives = typing.get_args(hints[field.name])
             nullable = isinstance(hints[field.name], types.UnionType) and type(None) in alternatives
             more = {"choices": {}, "unused": (), "positional": False, "formerly": None}
             more |= {key: field.metadata[key] for key in more if key in field.metadata}
             kind = alternatives[0] if nullable else hints[field.name]
+            choices = more["choices"]
             self.declared[name] = Declared(
                 name,
                 typing.get_origin(kind) or kind,
                 nullable,
                 value,
                 field.metadata["help"],
-                more["choices"],
+                {name: c.text for name, c in choices.items() if c.text is not None},
+                {name: choice.value for name, choice in choices.items()},
                 among([name], *unused, *(f"{n}." for n in unused)) is None,
                 more["positional"],
                 more["formerly"],

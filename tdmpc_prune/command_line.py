@@ -13,91 +13,144 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from envs import DisplayError, TaskError
-from tdmpc_prune import config as configuration
 from tdmpc_prune.arguments import Arguments, Settings
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.help_text import help_text
+from tdmpc_prune.machine import set_threads
+from tdmpc_prune.settings import by_dotted_name, thawed, to_plain
 from tdmpc_prune.signals import Stopped, shared_stop
 
 _FOR_PEOPLE = (
     *(UserError, TaskError, DisplayError, RunError),
     *(HydraException, OmegaConfBaseException),
 )
-Function = Callable[[Any, list[str]], None]
+
+Main = Callable[[Any, list[str]], None]
 
 
-def run_command(name: str, function: Function) -> None:
-    """Run `function(settings, names of the settings given on the command line)`, and exit.
+def run_command(schema: type, main: Main) -> None:
+    """Run `main(settings, names of the settings given on the command line)`, and exit.
+
+    PyTorch's threads are set before: `settings.threads`, or 1 where there is no such setting.
 
     Args:
-        name: the command, a key of `config.COMMANDS`.
-        function: gets an instance of the command's dataclass. Its docstring is what `--help`
-            begins with: what the command does, and examples.
+        schema: the dataclass of the command's settings, see `settings.setting`.
+        main: gets an instance of it. What it works with is imported in it, so that help and
+            refusals need not wait. Its docstring is what `--help` begins with: what the command
+            does, and examples.
     """
 
     def run(arguments: Arguments) -> None:
         if arguments.multirun:
-            sweep(name, arguments, function)
+            sweep(arguments, main)
         else:
-            function(arguments.settings(hydra.compose(name, arguments.overrides)), arguments.given)
+            _work(main, _composed(arguments), arguments)
 
-    _command(name, function, run)
+    _command(schema, main, run)
 
 
 def run_sweeps(
-    name: str,
-    function: Function,
+    schema: type,
+    job: Main,
     sweeps: Callable[[Any], Iterable[str]],
     conclude: Callable[[Any], None],
 ) -> None:
-    """Run `function` in sweeps through the Hydra launcher that the command line chooses.
+    """Run `job` in sweeps through the Hydra launcher that the command line chooses.
 
     Args:
-        name: the command, a key of `config.COMMANDS`.
-        function: as for `run_command`; it gets the settings with one sweep's overrides.
+        schema: as for `run_command`.
+        job: as `main` there; it gets the settings with one sweep's overrides.
         sweeps: from the settings, the override of one sweep after another.
         conclude: called at the end.
     """
 
     def run(arguments: Arguments) -> None:
-        settings = arguments.settings(hydra.compose(name, arguments.overrides))
+        settings = _composed(arguments)
+        set_threads(_threads(settings))  # what comes between the sweeps
         for override in sweeps(settings):
-            sweep(name, arguments.swept_over(override), function)
+            sweep(arguments.swept_over(override), job)
         conclude(settings)
 
-    _command(name, function, run)
+    _command(schema, job, run)
 
 
-def _command(name: str, function: Function, run: Callable[[Arguments], None]) -> None:
+def _command(schema: type, main: Main, run: Callable[[Arguments], None]) -> None:
     """What all commands have in common, around `run`."""
-    known, typed = Settings(configuration.COMMANDS[name]), sys.argv[1:]
+    name, known, typed = Path(sys.argv[0]).stem, Settings(schema), sys.argv[1:]
     with console():
         if {"--help", "-h"} & set(typed):
-            print(help_text(name, known, function.__doc__ or ""))
+            print(help_text(name, known, main.__doc__ or ""))
             return
-        configuration.register()
+        register(known)
         try:
             arguments = Arguments.of(typed, known)
-            with hydra.initialize_config_module(
-                "tdmpc_prune.conf", job_name=name, version_base="1.3"
-            ):
+            with hydra.initialize(config_path=None, job_name=name, version_base="1.3"):
                 if arguments.shown:
                     GlobalHydra.instance().hydra.show_cfg(
-                        name, arguments.overrides, arguments.shown, None
+                        schema.__name__, arguments.overrides, arguments.shown, None
                     )
                 else:
                     run(arguments)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(sentence(error, known)) from error
+
+
+def _composed(arguments: Arguments) -> Any:
+    """The command's settings, an instance of its dataclass."""
+    return arguments.settings(hydra.compose(arguments.known.schema.__name__, arguments.overrides))
+
+
+def _work(main: Main, settings: Any, arguments: Arguments) -> None:
+    set_threads(_threads(settings))
+    main(settings, arguments.given)
+
+
+def _threads(settings: Any) -> int:
+    return getattr(settings, "threads", 1)
+
+
+# Hydra writes no folders or logs of its own: a run's folder holds all that there is of it.
+_NO_LOGS = [{f"override hydra/{kind}_logging": "disabled"} for kind in ("job", "hydra")]
+_NO_FOLDERS = {
+    "output_subdir": None,
+    "run": {"dir": "."},
+    "sweep": {"dir": "runs/.sweeps", "subdir": "."},
+}
+
+
+def register(known: Settings) -> None:
+    """Tell Hydra of a command's settings, under its dataclass's name, and of their choices.
+
+    What a command's own default changes in the chosen value (`prune.start`) it changes in whichever
+    is chosen.
+    """
+    store, name = ConfigStore.instance(), known.schema.__name__
+    store.store(f"{name}_fields", thawed(known.schema))
+    defaults: list[Any] = [f"{name}_fields"]
+    own = OmegaConf.create({"hydra": _NO_FOLDERS})
+    for group in known.declared.values():
+        for choice, value in group.values.items():
+            store.store(choice, thawed(value), group=group.name)
+        if group.choices:
+            chosen = next(iter(group.choices))
+            defaults.append({group.name: chosen})
+            plain = by_dotted_name(to_plain(group.values[chosen]))
+            for part, value in by_dotted_name(to_plain(group.default)).items():
+                if plain.get(part, MISSING) != value:
+                    OmegaConf.update(own, f"{group.name}.{part}", value)
+    store.store(name, {"defaults": [*defaults, *_NO_LOGS, "_self_"], **own})
 
 
 @contextmanager
@@ -173,7 +226,7 @@ class Outcome:
     message: str
 
 
-def sweep(name: str, arguments: Arguments, function: Function) -> None:
+def sweep(arguments: Arguments, main: Main) -> None:
     """Run every job of a sweep, whatever becomes of the others.
 
     A signal stops the sweep: jobs at work save, and those that have not begun do not begin.
@@ -194,7 +247,7 @@ def sweep(name: str, arguments: Arguments, function: Function) -> None:
                 return Outcome(label, 0, "did not begin")
             try:
                 with stop.working(here=os.getpid() == home):
-                    function(arguments.settings(settings), arguments.given)
+                    _work(main, arguments.settings(settings), arguments)
             except (Stopped, KeyboardInterrupt, SystemExit) as ended:
                 if isinstance(ended, Stopped):
                     _say(str(ended))
@@ -212,7 +265,9 @@ def sweep(name: str, arguments: Arguments, function: Function) -> None:
             _say(f"{label} failed: {outcome.message}")
             return outcome
 
-        batches = GlobalHydra.instance().hydra.multirun(name, job, arguments.overrides)
+        batches = GlobalHydra.instance().hydra.multirun(
+            arguments.known.schema.__name__, job, arguments.overrides
+        )
         outcomes = [result.return_value for batch in batches for result in batch]
     stopped = [o for o in outcomes if o.code > 128]
     failed = [o for o in outcomes if 0 < o.code <= 128]

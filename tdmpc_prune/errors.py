@@ -7,3 +7,14 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A run that could not go on (a full disk, a non-finite loss). Printed; exit code 1."""
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss term or gradient is infinite or not a number; nothing was changed by its update.
+
+    A run that meets it saves its state and ends with a `RunError`.
+    """
+
+    def __init__(self, term: str, value: float):
+        super().__init__(f"the {term} is {value}")
+        self.term = term

@@ -1,9 +1,9 @@
-"""How good an agent is, and how big and how fast: returns over whole episodes, and figures."""
+"""How good an agent is: returns over whole episodes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from envs import StepError, disturb, make_env
-from tdmpc_prune.agent.config import AgentConfig
-from tdmpc_prune.agent.planner import draw_noise, first_means, plan, planning_macs
-from tdmpc_prune.agent.world_model import Widths, WorldModel
+from tdmpc_prune.agent.agent import Agent
+from tdmpc_prune.agent.planner import draw_noise, first_means, plan
+from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.words import counted
+
+EVALUATION_SEED = 1_000_000  # the initial states of evaluations are the same in every run
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class Evaluation:
     returns: list[float]  # one per episode
     decisions: int  # planner decisions, over all episodes
     seconds: float  # wall time
+
+    def __len__(self) -> int:
+        """How many episodes they were."""
+        return len(self.returns)
 
     @property
     def mean(self) -> float:
@@ -46,13 +51,11 @@ def _refuse(error: StepError) -> None:
 
 
 def evaluate(
-    model: WorldModel,
-    config: AgentConfig,
-    task: str,
-    action_repeat: int | None,
+    agent: Agent,
     episodes: int,
     seed: int,
     interrupted: Callable[[], bool] = lambda: False,
+    on_decision: Callable[[], None] = lambda: None,
     watch: Callable[[int, np.ndarray, bool], None] = lambda episode, observation, terminated: None,
     disturbances: Mapping[str, Any] | None = None,
     broken: Callable[[StepError], None] = _refuse,
@@ -63,13 +66,11 @@ def evaluate(
     the same seed face the same initial states.
 
     Args:
-        model: the agent's networks; they stay on their device.
-        config: its planner and discount are used.
-        task: as for `envs.make_env`.
-        action_repeat: likewise.
+        agent: plays its own task; its networks stay on their device.
         episodes: how many, all planned together.
         seed: of initial states and planner noise.
         interrupted: asked before every decision; when true the evaluation ends with None.
+        on_decision: told of every decision, which is one of all episodes that still run.
         watch: told of every observation `[O]` of every episode, as it is without noise, and
             whether the episode terminated there (a time limit does not count).
         disturbances: arguments of `envs.disturb`; None leaves the task as it is.
@@ -83,8 +84,9 @@ def evaluate(
             played to its end.
     """
     started = time.perf_counter()
-    environments = [make_env(task, action_repeat) for _ in range(episodes)]
-    check_sizes(model, environments[0], task)
+    model, config = agent.model, agent.config
+    environments = [make_env(agent.task, agent.action_repeat) for _ in range(episodes)]
+    check_sizes(model, environments[0], agent.task)
     if disturbances is not None:
         environments = [disturb(env, **disturbances) for env in environments]
     faults: list[StepError] = []
@@ -103,16 +105,17 @@ def evaluate(
         except StepError as error:
             broken(error)
             faults.append(error)
-    device = next(model.parameters()).device
+    device, actions = agent.device, model.widths.action
     generator = torch.Generator(device).manual_seed(seed)
-    means = first_means(config.planner, len(running), model.widths.action, device)
+    means = first_means(config.planner, len(running), actions, device)
     decisions = 0
     while running and not interrupted():
         inputs = torch.from_numpy(np.stack([observations[i] for i in running])).to(device)
-        noise = draw_noise(config.planner, len(running), model.widths.action, generator)
+        noise = draw_noise(config.planner, len(running), actions, generator)
         decision = plan(model, inputs, means, noise, config.planner, config.learning.discount)
         means = decision.means
         decisions += len(running)
+        on_decision()
         ended = []
         for place, action in enumerate(decision.actions.cpu().numpy()):
             i = running[place]
@@ -153,137 +156,3 @@ def check_sizes(model: WorldModel, env: gymnasium.Env, task: str) -> None:
             f"the agent takes {widths.observation} observations and gives {widths.action} actions, "
             f"but task '{task}' has {theirs[0]} and {theirs[1]}"
         )
-
-
-def agent_size(model: WorldModel, config: AgentConfig) -> dict[str, float]:
-    """Sparsity (fraction of the dense parameters that is gone), parameters, and planning MACs."""
-    widths = model.widths
-    with torch.device("meta"):
-        dense = WorldModel(Widths.dense(config.network, widths.observation, widths.action))
-    parameters, dense_parameters = (
-        sum(parameter.numel() for parameter in each.parameters()) for each in (model, dense)
-    )
-    return {
-        "sparsity": 1 - parameters / dense_parameters,
-        "parameters": parameters,
-        "macs": planning_macs(model, config.planner),
-    }
-
-
-class ObservationError(UserError):
-    """An observation that no action can follow from, and what is wrong with it."""
-
-
-class Controller:
-    """An agent in control of one environment: observation in, action out."""
-
-    def __init__(
-        self,
-        model: WorldModel,
-        config: AgentConfig,
-        seed: int = 0,
-        layout: Sequence[Mapping[str, Any]] = (),
-    ):
-        """Take control.
-
-        Args:
-            model: the agent's networks; they stay on their device.
-            config: its planner and discount are used.
-            seed: of the planner's noise.
-            layout: `envs.observation_layout`, so that errors name the parts of an observation.
-        """
-        self._model, self._config = model, config
-        self._device = next(model.parameters()).device
-        self._action_width = model.widths.action
-        self._layout = list(layout)
-        self._generator = torch.Generator(self._device).manual_seed(seed)
-        self.reset()
-
-    def reset(self) -> None:
-        """A new episode begins."""
-        planner = self._config.planner
-        self._means = first_means(planner, 1, self._action_width, self._device)
-
-    def act(self, observation: np.ndarray | Sequence[float]) -> np.ndarray:
-        """Observation `[O]` → action float32 `[A]` in [-1, 1].
-
-        Whatever holds O real numbers will do: an array of any precision, a list.
-
-        Raises:
-            ObservationError: it has another shape, or is not finite; the controller is as before.
-        """
-        observation = self._checked(observation)
-        planner, discount = self._config.planner, self._config.learning.discount
-        noise = draw_noise(planner, 1, self._action_width, self._generator)
-        inputs = torch.from_numpy(observation).to(self._device).unsqueeze(0)
-        decision = plan(self._model, inputs, self._means, noise, planner, discount)
-        self._means = decision.means
-        return decision.actions[0].cpu().numpy()
-
-    def _checked(self, observation: Any) -> np.ndarray:
-        """A float32 copy."""
-        try:
-            given = np.asarray(observation)
-        except (ValueError, TypeError, RuntimeError) as error:  # ragged; a tensor elsewhere
-            raise self._refusal(str(error).strip().splitlines()[0]) from error
-        if given.shape != (self._model.widths.observation,):
-            raise self._refusal(f"got shape {list(given.shape)}")
-        if given.dtype.kind not in "fiub":
-            raise self._refusal(f"got {given.dtype}")
-        with np.errstate(over="ignore"):  # it is infinite then
-            converted = np.array(given, np.float32)
-        if not np.isfinite(converted).all():
-            at = int(np.flatnonzero(~np.isfinite(converted))[0])
-            raise ObservationError(f"observation: {self._name(at)} is {given[at]}, not finite")
-        return converted
-
-    def _refusal(self, got: str) -> ObservationError:
-        parts = ", ".join(f"{part['name']} {part['size']}" for part in self._layout)
-        expected = f"{counted(self._model.widths.observation, 'number')} expected"
-        return ObservationError(f"observation: {expected}{parts and f' ({parts})'}; {got}")
-
-    def _name(self, element: int) -> str:
-        """What an element of an observation is called."""
-        first = 0
-        for part in self._layout:
-            if element < first + part["size"]:
-                return f"{part['name']}[{element - first}] (element {element})"
-            first += part["size"]
-        return f"element {element}"
-
-
-def clock(device: torch.device) -> Callable[[], float]:
-    """What times a computation, in seconds.
-
-    On the CPU the time that the calling thread computed for: it does not count what else the
-    machine does meanwhile. What a GPU does is seen on the wall alone.
-    """
-    return time.thread_time if device.type == "cpu" else time.perf_counter
-
-
-def decision_milliseconds(
-    *agents: tuple[WorldModel, AgentConfig], repeats: int = 5
-) -> list[list[float]]:
-    """Times of single decisions of each agent by `clock`, in milliseconds, `repeats` for each.
-
-    The agents decide in turn, so that whatever else the machine does meets all alike; the first
-    decision of each is not counted.
-    """
-    controllers = [Controller(*agent) for agent in agents]
-    observations = [np.zeros(model.widths.observation, np.float32) for model, _ in agents]
-    clocks = [clock(next(model.parameters()).device) for model, _ in agents]
-    times: list[list[float]] = [[] for _ in agents]
-    for repeat in range(1 + repeats):
-        for controller, observation, now, own in zip(
-            controllers, observations, clocks, times, strict=True
-        ):
-            began = now()
-            controller.act(observation)
-            if repeat:
-                own.append(1000 * (now() - began))
-    return times
-
-
-def median_and_p95(times: Sequence[float]) -> tuple[float, float]:
-    """The median, and what 95 % of the times stay within."""
-    return float(np.median(times)), float(np.percentile(times, 95))

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from tdmpc_prune.errors import UserError
+
+RUN_OR_CHECKPOINT = "a run's folder (its newest checkpoint), or a checkpoint"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of the named values that a group of settings can be given: `model=paper`."""
+
+    value: Any  # an instance of the group's dataclass
+    text: str | None  # what it means; None: it is not offered, its command says why
 
 
 def setting(
     default,
     text: str,
     *,
-    choices: Mapping[str, str] | None = None,
+    choices: Mapping[str, Choice] | None = None,
     unused: Iterable[str] = (),
     positional: bool = False,
     formerly: str | None = None,
@@ -25,7 +39,8 @@ def setting(
     Args:
         default: a class or a function is called for each instance.
         text: what it is, in which unit.
-        choices: of a group of settings: name → what it means; the first is the default.
+        choices: of a group of settings, by name; the first is the default, up to what `default`
+            has of its own.
         unused: of a group of settings: those that have no effect in this command.
         positional: whether an argument without a name means it.
         formerly: the name that it had, which may still be typed.
@@ -46,6 +61,12 @@ def require(holds: bool, message: str) -> None:
     """Refuse a configuration whose values contradict each other."""
     if not holds:
         raise UserError(message)
+
+
+def check_machine(device: str, threads: int) -> None:
+    """Refuse a device or thread count that cannot be."""
+    require(device in ("auto", "cpu", "cuda"), f"device={device} must be auto, cpu or cuda")
+    require(threads >= 1, f"threads={threads} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -95,3 +116,53 @@ def typed(script: str, *arguments: str, **settings: Any) -> str:
         for name, value in settings.items()
     ]
     return shlex.join(["python", f"scripts/{script}", *arguments, *values])
+
+
+# --- As OmegaConf and JSON have it -----------------------------------------------------------
+
+
+def thawed(config: Any) -> DictConfig:
+    """A configuration for OmegaConf, which makes frozen dataclasses read-only; it may be changed.
+
+    Args:
+        config: a dataclass, or an instance of one.
+    """
+    node = OmegaConf.structured(config)
+
+    def thaw(part: DictConfig) -> None:
+        OmegaConf.set_readonly(part, False)
+        if not dataclasses.is_dataclass(OmegaConf.get_type(part)):
+            OmegaConf.set_struct(part, False)  # a plain dict takes any key
+        for key in part:
+            if OmegaConf.is_dict(part._get_node(key)):
+                thaw(part[key])
+
+    thaw(node)
+    return node
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A configuration as nested dicts of JSON types."""
+    return dataclasses.asdict(config)
+
+
+def by_dotted_name(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level: `{"model.planner.samples": 256, …}`."""
+    flat: dict[str, Any] = {}
+    for name, value in plain.items():
+        nested = isinstance(value, dict) and value
+        flat |= by_dotted_name(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat
+
+
+def from_plain(schema: type, values: dict[str, Any]) -> Any:
+    """The configuration that `to_plain` wrote.
+
+    Raises:
+        UserError: a setting is unknown here or of the wrong type, and which.
+    """
+    try:
+        merged = OmegaConf.merge(thawed(schema), OmegaConf.create(values))
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{schema.__name__}: {str(error).splitlines()[0]}") from error

@@ -1,13 +1,17 @@
-"""Numbers and tables in words, for people at a terminal."""
+"""Numbers and tables in words, for people at a terminal; and tables as CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby, zip_longest
 from textwrap import wrap
+from typing import Any
 
 import numpy as np
+from tabulate import tabulate
 
 COLUMNS = 120  # of a terminal, at least
 _LEAST_WIDTH = 9  # of a column of words
@@ -29,6 +33,20 @@ def mean_and_std(values: Sequence[float], digits: int = 1) -> str:
     return plus_minus(
         float(np.mean(values)), float(np.std(values)) if len(values) > 1 else math.nan, digits
     )
+
+
+def table(rows: Iterable[Iterable[Any]], names: Sequence[str]) -> str:
+    """Rows under the names of their columns as Markdown, every cell as it is."""
+    return tabulate(rows, names, "pipe", disable_numparse=True)
+
+
+def csv_text(rows: Iterable[Iterable[Any]], names: Iterable[str]) -> str:
+    """Rows under the names of their columns as CSV; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def narrowed(text: str, columns: int = COLUMNS) -> str:

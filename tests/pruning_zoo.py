@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tdmpc_prune.components import tag
-from tdmpc_prune.pruning.tracing import Computation
+from tdmpc_prune.prunable import Computation, tag
 
 ACTIVATIONS = (nn.ELU, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Mish, nn.LeakyReLU)
 

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from tdmpc_prune.agent.config import AgentConfig, LearningConfig, NetworkConfig, PlannerConfig
-from tdmpc_prune.config import TrainConfig
 from tdmpc_prune.pruning.config import PruneConfig
+from tdmpc_prune.training.config import TrainConfig
 
 AGENT = AgentConfig(
     network=NetworkConfig(encoder_width=12, latent_width=6, hidden_width=16),

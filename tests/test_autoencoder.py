@@ -1,5 +1,6 @@
 """The autoencoder: its images, its groups, exact cuts, and a run that is pruned and resumed."""
 
+import errno
 import gzip
 import json
 import shutil
@@ -12,19 +13,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdmpc_prune import autoencoder_training as training
+from tdmpc_prune.autoencoder.computation import autoencoder_computation
 from tdmpc_prune.autoencoder.config import LearningConfig, NetworkConfig
 from tdmpc_prune.autoencoder.data import load_images, read_idx
 from tdmpc_prune.autoencoder.learner import AutoencoderLearner
 from tdmpc_prune.autoencoder.model import Autoencoder, Widths, psnr
-from tdmpc_prune.config import AutoencoderConfig
-from tdmpc_prune.errors import UserError
+from tdmpc_prune.errors import RunError, UserError
+from tdmpc_prune.pruning.allocation import make_plan
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
-from tdmpc_prune.pruning.plan import make_plan
 from tdmpc_prune.pruning.surgery import commit, kept_units
-from tdmpc_prune.run_log import read_history
+from tdmpc_prune.saving.autoencoders import load_autoencoder
+from tdmpc_prune.saving.run_folder import RunFolder
+from tdmpc_prune.training import launch
+from tdmpc_prune.training.config import AutoencoderConfig, PruneCheckpointConfig
+from tdmpc_prune.training.log import RunLog
 from tests.commands import run
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 PRUNE = PruneConfig(
     method="bayesian", sparsity=0.6, steps=3, min_width=2, round_to=1, max_return_drop=10.0
@@ -104,7 +110,7 @@ def test_the_latent_couples_and_cuts_are_exact(convolutional, side):
     widths = Widths(convolutional, side, side, (6, 10), 5, (10, 6))
     learner = AutoencoderLearner(Autoencoder(widths).double(), 1e-3)
     model = learner.model
-    computation = training.autoencoder_computation(model)
+    computation = autoencoder_computation(model)
     structure = find_groups(computation)
     assert sorted(structure.widths.values()) == [5, 6, 6, 10, 10]
     (latent,) = [group for group in structure.groups if group.coupling]
@@ -137,56 +143,57 @@ def test_the_latent_couples_and_cuts_are_exact(convolutional, side):
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    training.start(small(run_dir), ["train_autoencoder.py"]).run()
+    launch.start(small(run_dir), ["train_autoencoder.py"]).run()
     return run_dir
 
 
 def test_a_run_is_pruned_and_shows_it(whole_run):
-    steps = read_history(whole_run, "pruning step")
+    steps = RunFolder(whole_run).read_history("pruning step")
     assert [step["step"] for step in steps] == [1, 2, 3] and steps[-1]["sparsity"] >= 0.6
-    (last,) = read_history(whole_run, "evaluation")[-1:]
+    (last,) = RunFolder(whole_run).read_history("evaluation")[-1:]
     assert last["updates"] == 60 and last["sparsity"] == steps[-1]["sparsity"]
-    model = training.load_autoencoder(whole_run)
+    model = load_autoencoder(whole_run).model
     assert sum(p.numel() for p in model.parameters()) == last["parameters"]
-    dense = training.load_autoencoder(whole_run / "agents" / "dense")
+    dense = load_autoencoder(whole_run / "agents" / "dense").model
     assert dense.widths == Widths(True, 8, 8, (8, 12), 8, (12, 8))
     for picture in ("course.png", "importance.png", "reconstructions.png"):
         assert (whole_run / picture).stat().st_size > 5_000
 
 
 def test_a_run_that_was_stopped_anywhere_goes_on_exactly(whole_run, tmp_path):
-    expected = training.load_autoencoder(whole_run).state_dict()
+    expected = load_autoencoder(whole_run).model.state_dict()
     for stop in (7, 17, 25, 31, 45, 61):
         config = small(tmp_path / str(stop))
-        trainer = training.start(config, [])
-        trainer.log = training.RunLog(trainer.run_dir, 0, 60, 0, "updates")
+        trainer = launch.start(config, [])
+        trainer.log = RunLog(trainer.folder, 0, 60, 0, "updates")
         for _ in range(stop):
             trainer.step()
         trainer.save()
         trainer.log.close()
-        resumed = training.resume(replace(config, resume=config.run_dir), ["resume"])
+        resumed = launch.resume(replace(config, resume=config.run_dir), ["resume"])
         resumed.run()
-        found = resumed.model.state_dict()
+        found = resumed.trainee.model.state_dict()
         assert all(torch.equal(found[name], value) for name, value in expected.items()), stop
 
 
 def test_a_finished_run_can_be_resumed_and_made_longer(whole_run, tmp_path):
     shutil.copytree(whole_run, tmp_path / "run")
     config = small(tmp_path / "run", resume=str(tmp_path / "run"))
-    again = training.resume(config, ["resume"]).run()
-    expected = read_history(whole_run, "evaluation")[-1]["mean"]
+    again = launch.resume(config, ["resume"]).run().mean
+    expected = RunFolder(whole_run).read_history("evaluation")[-1]["mean"]
     assert again == pytest.approx(expected)
-    training.resume(replace(config, updates=70), ["resume", "updates"]).run()
-    assert [e["updates"] for e in read_history(tmp_path / "run", "evaluation")][-2:] == [60, 70]
+    launch.resume(replace(config, updates=70), ["resume", "updates"]).run()
+    evaluations = RunFolder(tmp_path / "run").read_history("evaluation")
+    assert [evaluation["updates"] for evaluation in evaluations][-2:] == [60, 70]
 
 
 def test_a_cut_that_does_not_recover_is_undone(tmp_path):
     config = small(tmp_path / "run")
     prune = replace(PRUNE, max_return_drop=0.0, sparsity=0.9, steps=1, end=0.4)
-    training.start(replace(config, prune=prune, updates=40), []).run()
-    steps = read_history(tmp_path / "run", "pruning step")
+    launch.start(replace(config, prune=prune, updates=40), []).run()
+    steps = RunFolder(tmp_path / "run").read_history("pruning step")
     if not steps[0]["kept"]:
-        undone = read_history(tmp_path / "run", "undone")[0]
+        undone = RunFolder(tmp_path / "run").read_history("undone")[0]
         assert undone["sparsity"] == 0
     for step in steps:
         assert step["kept"] == (step["recovered"]["mean"] >= step["least"])
@@ -209,20 +216,20 @@ def test_as_typed(tmp_path):
 
 
 def test_a_finished_autoencoder_is_pruned_explained_and_resumed(whole_run, tmp_path):
-    training.start(small(tmp_path / "dense", prune=PruneConfig()), []).run()
+    launch.start(small(tmp_path / "dense", prune=PruneConfig()), []).run()
     settings = ["checkpoint=dense", "prune.sparsity=0.6", "prune.gather_updates=3"]
     done = run("prune.py", *settings, "explain=plan.json", cwd=tmp_path)
     assert done.returncode == 0 and "nothing was cut" in done.stdout, done.stderr
     settings += ["updates=40", "prune.steps=2", "eval_every=20"]
     done = run("prune.py", *settings, "run_dir=pruned", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    steps = read_history(tmp_path / "pruned", "pruning step")
+    steps = RunFolder(tmp_path / "pruned").read_history("pruning step")
     assert [step["step"] for step in steps] == [1, 2] and steps[0]["cut_at"] >= 60
-    assert read_history(tmp_path / "pruned", "evaluation")[-1]["updates"] == 100
+    assert RunFolder(tmp_path / "pruned").read_history("evaluation")[-1]["updates"] == 100
     (tmp_path / "plan.json").unlink()
     shutil.rmtree(tmp_path / "dense")
     longer = small(tmp_path / "pruned", resume=str(tmp_path / "pruned"), updates=110)
-    training.resume(longer, ["resume", "updates"]).run()
+    launch.resume(longer, ["resume", "updates"]).run()
     wrong = run("prune.py", f"checkpoint={whole_run}", "env_steps=0", cwd=tmp_path)
     assert wrong.returncode == 2 and "env_steps is not for" in wrong.stderr
     done = run("prune.py", f"checkpoint={whole_run}", "prune.sparsity=0.999", cwd=tmp_path)
@@ -248,3 +255,59 @@ def test_wrong_input_is_one_line(tmp_path, arguments, message):
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and message in lines[0], done.stderr
     assert not list(tmp_path.iterdir())
+
+
+# --- As an agent's run does -------------------------------------------------------------------
+
+
+def test_a_non_finite_loss_stops_the_run_before_any_weight_changes_by_it(tmp_path):
+    learning = LearningConfig(batch=16, learning_rate=1e30)
+    begun = launch.start(small(tmp_path / "run", prune=PruneConfig(), learning=learning), [])
+    with pytest.raises(RunError, match=r"after \d+ updates because the .* is (inf|nan); the state"):
+        begun.run()
+    saved = load_autoencoder(tmp_path / "run").model.state_dict()
+    assert all(torch.isfinite(value).all() for value in saved.values())
+    assert "try a smaller learning.learning_rate" in _message(begun)
+
+
+def _message(begun):
+    """What stops it again when it goes on from what it saved."""
+    config = replace(begun.config, resume=str(begun.folder))
+    with pytest.raises(RunError) as error:
+        launch.resume(config, ["resume"]).run()
+    return str(error.value)
+
+
+def test_a_full_disk_is_said_with_what_is_whole_and_how_to_go_on(tmp_path, monkeypatch):
+    begun = launch.start(small(tmp_path / "run"), [])
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunLog, "record", full)
+    with pytest.raises(RunError, match=r"No space left on device; the newest .* is whole, go on"):
+        begun.run()
+
+
+def test_networks_that_were_cut_keep_their_dense_parent_and_their_commands(whole_run, tmp_path):
+    config = PruneCheckpointConfig(str(whole_run), PRUNE, updates=0, run_dir=str(tmp_path / "run"))
+    prune = replace(PRUNE, start=0.0, steps=1, sparsity=0.8, gather_updates=3)
+    settings = launch.pruning_run(replace(config, prune=prune), [])
+    again = launch.start(settings, ["prune.py", "checkpoint=x"])
+    said = launch.finish(again)
+    assert "what each cut did" in said and "reconstructions" in said
+    found, first = load_autoencoder(tmp_path / "run"), load_autoencoder(whole_run)
+    assert found.parent.resolve() == (tmp_path / "run/agents/dense").resolve()
+    assert load_autoencoder(found.parent).is_dense and not first.is_dense
+    assert found.provenance["commands"] == [
+        "python scripts/train_autoencoder.py",
+        "python scripts/prune.py checkpoint=x",
+    ]
+    assert found.provenance["pruning"]["sparsity"] >= 0.8
+
+
+def test_what_differs_from_the_checkpoint_is_said(whole_run, tmp_path):
+    other = NetworkConfig(widths=[8, 12], latent_width=9)
+    config = small(tmp_path / "run", start_from=str(whole_run), network=other, updates=80)
+    with pytest.raises(UserError, match=r"its network is .*'latent_width': 8.*'latent_width': 9"):
+        launch.start(config, [])

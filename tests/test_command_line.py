@@ -3,14 +3,17 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
@@ -18,8 +21,12 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from tdmpc_prune.checkpoint import checkpoint_dir
-from tdmpc_prune.settings import typed
+from tdmpc_prune.arguments import Settings
+from tdmpc_prune.command_line import run_command
+from tdmpc_prune.deploy.config import ExportConfig
+from tdmpc_prune.saving.run_folder import checkpoint_dir
+from tdmpc_prune.settings import to_plain, typed
+from tdmpc_prune.training.config import TrainConfig
 from tests.commands import ROOT, SMALL, run, run_process
 
 
@@ -218,12 +225,92 @@ def test_help_documents_every_setting(tmp_path, script, setting):
         assert "prune.end=0.6" in done.stdout and "prune.sparsity=0.9" in done.stdout
 
 
+SCRIPTS = [
+    path.name
+    for path in sorted((ROOT / "scripts").glob("*.py"))
+    if path.name not in ("compare.py", "run_exported.py")
+]
+
+
+def schema_of(script):
+    """The dataclass that a script gives its command."""
+    main = runpy.run_path(str(ROOT / "scripts" / script))["main"]
+    return next(iter(typing.get_type_hints(main).values()))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_the_help_prints_as_a_default_is_what_the_run_gets(tmp_path, script):
+    done = run(script, "--cfg", "job", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    schema = schema_of(script)
+    assert yaml.safe_load(done.stdout) == to_plain(schema())
+    for declared in Settings(schema).declared.values():
+        if declared.choices:
+            first, other = list(declared.choices)[:2]
+            chosen = run(script, "--cfg", "job", f"{declared.name}={first}", cwd=tmp_path)
+            assert chosen.stdout == done.stdout
+            chosen = run(script, "--cfg", "job", f"{declared.name}={other}", cwd=tmp_path)
+            assert chosen.stdout != done.stdout
+
+
+def test_help_and_refusals_wait_for_no_simulator_and_no_network(tmp_path):
+    """In a process of its own: what one command had imported, the next would have for nothing."""
+    code = f"""
+import contextlib, io, runpy, sys
+for script in {SCRIPTS}:
+    for arguments in (["--help"], ["no_such_setting=3"], ["hydra.launcher.n_jobs=[1"]):
+        sys.argv = ["{ROOT}/scripts/" + script, *arguments]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+for arguments in (["seed=abc"], ["model=papr"], ["threads=0"], ["model.planner.elites=300"]):
+    sys.argv = ["{ROOT}/scripts/train.py", *arguments]
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(sys.argv[0], run_name="__main__")
+heavy = ("torch", "scipy", "matplotlib", "tensorboard", "joblib", "mujoco", "gymnasium", "sklearn")
+print(*[name for name in heavy if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+    assert len(done.stderr.splitlines()) == 2 * len(SCRIPTS) + 4
+
+
+@pytest.mark.parametrize(
+    ("schema", "arguments", "threads"),
+    [
+        (TrainConfig, ["threads=3"], [3]),
+        (TrainConfig, [], [1]),
+        (ExportConfig, ["x"], [1]),
+        (TrainConfig, ["-m", "threads=2,3"], [2, 3]),
+    ],
+)
+def test_a_command_works_with_the_threads_that_it_was_given(
+    tmp_path, monkeypatch, schema, arguments, threads
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["command.py", *arguments])
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(4)
+    try:
+        run_command(schema, lambda config, given: found.append(torch.get_num_threads()))
+    finally:
+        torch.set_num_threads(before)
+    assert found == threads
+
+
 def test_train_evaluate_and_read_the_logs(tmp_path):
     done = run("train.py", *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/gym-tests.synthetic-Reach-v0/none/seed1"
     assert f"checkpoint={folder.relative_to(tmp_path)}" in done.stdout
-    assert "evaluation" in done.stderr and "loss" in done.stderr  # the progress bar
+    assert "evaluation at 60 env steps: return" in done.stdout
+    assert not done.stderr  # the progress bar is for terminals
 
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     evaluations = [line for line in history if line["kind"] == "evaluation"]
@@ -316,6 +403,7 @@ def test_a_swept_choice_may_leave_settings_without_effect_in_one_job(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.xdist_group("timing")
 def test_benchmark(tmp_path):
     done = run("benchmark.py", *SMALL[5:], "repeats=2", "json=speed.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.config import AgentConfig, PlannerConfig
+from tdmpc_prune.agent.controller import Controller, ObservationError
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.evaluation import Controller, ObservationError
 
 CONFIG = AgentConfig(planner=PlannerConfig(horizon=2, iterations=1, samples=16, elites=4))
 LAYOUT = [{"name": "position", "size": 3}, {"name": "velocity", "size": 2}]
@@ -17,7 +18,7 @@ GOOD = [0.5, -1.0, 0.25, 2.0, 0.0]
 def make_controller(layout=LAYOUT):
     widths = Widths(5, 2, 4, (8,), (8, 8), (8, 8), (8, 8), ((8, 8),))
     model = WorldModel(widths, torch.Generator().manual_seed(0))
-    return Controller(model, CONFIG, layout=layout)
+    return Controller(Agent(model, CONFIG, "x", 1), layout=layout)
 
 
 @pytest.mark.parametrize(

@@ -10,25 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdmpc_prune import fit, runs
+from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.config import PRESETS, PlannerConfig
-from tdmpc_prune.checkpoint import SavedAgent, load_agent
-from tdmpc_prune.config import FitConfig
+from tdmpc_prune.deploy import fit, fit_report
+from tdmpc_prune.deploy.config import FitConfig
 from tdmpc_prune.evaluation import Evaluation
+from tdmpc_prune.saving.agents import load_agent
 from tests.commands import run
-from tests.small import pruning_config
-
-
-@pytest.fixture(scope="module")
-def pruned_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fit") / "run"
-    runs.start(pruning_config(folder), ["train.py"]).run()
-    return folder
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_budgets_are_within_the_agents_own_and_valid(preset):
-    own = PRESETS[preset].planner
+    own = PRESETS[preset].value.planner
     found = fit.budgets(own)
     assert replace(found[0], policy_fraction=own.policy_fraction) == own
     for planner in found:
@@ -44,16 +37,16 @@ def test_the_largest_fast_budgets_are_those_of_brute_force(limit, powers):
         sizes = (planner.samples, planner.iterations, planner.horizon)
         return float(np.prod([size**power for size, power in zip(sizes, powers, strict=True)]))
 
-    agent = SimpleNamespace(model=None, config=PRESETS["default"])
+    agent = Agent(None, PRESETS["default"].value, "x", 1)
     timed = []
 
-    def times(pair, repeats):
-        timed.append(pair[1].planner)
-        return [[cost(pair[1].planner)] * repeats]
+    def times(agent, repeats):
+        timed.append(agent.config.planner)
+        return [[cost(agent.config.planner)] * repeats]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit, "decision_milliseconds", times)
-        patch.setattr(fit, "agent_size", lambda *_: {"parameters": 1, "sparsity": 0.0})
+        patch.setattr(Agent, "size", lambda _: {"parameters": 1, "sparsity": 0.0})
         found = fit._largest_budgets("a", agent, limit)
     fast = [planner for planner in fit.budgets(agent.config.planner) if cost(planner) <= limit]
     sizes = [(planner.samples, planner.iterations, planner.horizon) for planner in fast]
@@ -69,7 +62,7 @@ def test_the_largest_fast_budgets_are_those_of_brute_force(limit, powers):
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=12))
 def test_the_frontier_is_what_nothing_beats(pairs):
     candidates = [
-        fit.Candidate("a", 1, 0.0, i, 1, 1, float(ms), float(ms), (float(mean), 5.0), 1)
+        fit_report.Candidate("a", 1, 0.0, i, 1, 1, float(ms), float(ms), (float(mean), 5.0), 1)
         for i, (ms, mean) in enumerate(pairs)
     ]
     for c in candidates:
@@ -80,18 +73,20 @@ def test_the_frontier_is_what_nothing_beats(pairs):
             and o.first_mean >= c.first_mean
             and (o.decision_ms, o.first_mean) != (c.decision_ms, c.first_mean)
         ]
-        assert (c in fit.frontier(candidates)) == (not better)
+        assert (c in fit_report.frontier(candidates)) == (not better)
 
 
 def search_with(returns, monkeypatch, confirmed_ms=4.0, **settings):
     """A search among made-up networks; `returns` maps a network's name to its return."""
-    config = replace(PRESETS["default"], planner=PlannerConfig(samples=64))
-    agents = {name: SavedAgent(name, config, "x", 1, {}) for name in returns}
-    monkeypatch.setattr(fit, "agent_size", lambda *_: {"parameters": 1, "sparsity": 0.0})
+    config = replace(PRESETS["default"].value, planner=PlannerConfig(samples=64))
+    agents = {name: Agent(name, config, "x", 1, {}) for name in returns}
+    monkeypatch.setattr(Agent, "size", lambda _: {"parameters": 1, "sparsity": 0.0})
 
-    def times(*pairs, repeats):
+    def times(*agents, repeats):
         first_look = repeats < fit._CONFIRMING_REPEATS
-        return [[c.planner.samples / 8 if first_look else confirmed_ms] for _, c in pairs]
+        return [
+            [agent.config.planner.samples / 8 if first_look else confirmed_ms] for agent in agents
+        ]
 
     monkeypatch.setattr(fit, "decision_milliseconds", times)
 
@@ -102,7 +97,7 @@ def search_with(returns, monkeypatch, confirmed_ms=4.0, **settings):
 
     monkeypatch.setattr(fit.playing, "measure", measure)
     config = FitConfig("x", rate_hz=200.0, **settings)
-    return fit.search(config, agents, fit.Reference(100.0, "dense", 100.0))
+    return fit.search(config, agents, fit_report.Reference(100.0, "dense", 100.0))
 
 
 def test_the_best_return_wins_and_is_confirmed_on_other_episodes(monkeypatch):
@@ -114,13 +109,15 @@ def test_the_best_return_wins_and_is_confirmed_on_other_episodes(monkeypatch):
     assert lucky.fitted.model == "c" and len(lucky.confirmations) == 2
     none = search_with({"a": 90.0, "b": 94.0}, monkeypatch)
     assert none.fitted is None
-    assert "returned 94.0, and 95.0 is needed" in str(fit.failure(none, FitConfig("x")))
+    assert "returned 94.0, and 95.0 is needed" in str(fit_report.failure(none, FitConfig("x")))
 
 
 def test_a_second_look_at_the_time_counts(monkeypatch):
     slow_later = search_with({"a": 99.0}, monkeypatch, confirmed_ms=7.0)
     assert slow_later.fitted is None
-    assert "took 7.00 ms per decision and more" in str(fit.failure(slow_later, FitConfig("x")))
+    assert "took 7.00 ms per decision and more" in str(
+        fit_report.failure(slow_later, FitConfig("x"))
+    )
 
 
 def agent_with(returns, dense=False):
@@ -136,27 +133,28 @@ def test_a_dense_agent_that_had_learnt_less_is_not_the_measure():
     best = fit.best_known(found, 219.0)
     assert (best.mean_return, best.name, best.dense) == (850.0, "step-1", 219.0)
     assert "850.0 on file for 'step-1'" in str(best) and "returns 219.0" in str(best)
-    assert fit.best_known(found, 900.0) == fit.Reference(900.0, "dense", 900.0)
-    assert fit.best_known({}, -5.0) == fit.Reference(-5.0, "dense", -5.0)
+    assert fit.best_known(found, 900.0) == fit_report.Reference(900.0, "dense", 900.0)
+    assert fit.best_known({}, -5.0) == fit_report.Reference(-5.0, "dense", -5.0)
 
 
 def test_candidates_are_confirmed_in_turn(monkeypatch):
     together = []
 
-    def times(*pairs, repeats):
-        together.append((len(pairs), repeats))
-        return [[4.0]] * len(pairs)
+    def times(*agents, repeats):
+        together.append((len(agents), repeats))
+        return [[4.0]] * len(agents)
 
-    config = replace(PRESETS["default"], planner=PlannerConfig(samples=64))
-    agents = {name: SavedAgent(name, config, "x", 1, {}) for name in "abc"}
-    monkeypatch.setattr(fit, "agent_size", lambda *_: {"parameters": 1, "sparsity": 0.0})
+    config = replace(PRESETS["default"].value, planner=PlannerConfig(samples=64))
+    agents = {name: Agent(name, config, "x", 1, {}) for name in "abc"}
+    monkeypatch.setattr(Agent, "size", lambda _: {"parameters": 1, "sparsity": 0.0})
     monkeypatch.setattr(fit, "decision_milliseconds", times)
     monkeypatch.setattr(fit.playing, "measure", lambda _, n, seed: Evaluation([99.0] * n, n, 1.0))
-    fit.search(FitConfig("x", rate_hz=200.0), agents, fit.Reference(100.0, "dense", 100.0))
+    fit.search(FitConfig("x", rate_hz=200.0), agents, fit_report.Reference(100.0, "dense", 100.0))
     assert together[-2:] == [(3, fit._REPEATS), (3, fit._CONFIRMING_REPEATS)]
 
 
 def test_fit_as_typed(pruned_run, tmp_path):
+    pruned_run, _ = pruned_run
     arguments = [f"checkpoint={pruned_run}", "episodes=2", "out=fitted"]
     done = run("fit.py", *arguments, "rate_hz=30", "max_return_drop=0.99", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -174,7 +172,7 @@ def test_fit_as_typed(pruned_run, tmp_path):
 
 
 def test_an_unreachable_rate_says_what_was_reached_and_saves_nothing(pruned_run, tmp_path):
-    shutil.copytree(pruned_run, tmp_path / "run")
+    shutil.copytree(pruned_run[0], tmp_path / "run")
     dense = tmp_path / "run/agents/dense/agent.json"
     description = json.loads(dense.read_text())
     # A return that no other agent reaches.

@@ -24,11 +24,14 @@ from envs import (
     task_name,
 )
 from envs.suite import SuiteEnv
+from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.config import AgentConfig, PlannerConfig
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.checkpoint import SavedAgent, load_agent, read_run, save_agent
-from tdmpc_prune.config import BenchmarkConfig, EvaluateConfig, GroupsConfig, StudyConfig
+from tdmpc_prune.analysis.config import GroupsConfig, StudyConfig
+from tdmpc_prune.deploy.config import BenchmarkConfig, EvaluateConfig
 from tdmpc_prune.errors import UserError
+from tdmpc_prune.saving.agents import load_agent, save_agent
+from tdmpc_prune.saving.run_folder import RunFolder
 from tests.commands import REACH, ROOT, SMALL, run, run_process
 from tests.small import small_config
 from tests.synthetic import Reach
@@ -55,7 +58,7 @@ def saved(folder, task, observation=1):
     model = WorldModel(widths, torch.Generator().manual_seed(0))
     planner = PlannerConfig(horizon=2, iterations=1, samples=16, elites=4)
     provenance = {"seed": 1, "env_steps": 0, "decisions": 0, "updates": 0}
-    save_agent(folder, SavedAgent(model, AgentConfig(planner=planner), task, 1, provenance))
+    save_agent(folder, Agent(model, AgentConfig(planner=planner), task, 1, provenance))
     return f"checkpoint={folder}"
 
 
@@ -314,7 +317,7 @@ def test_older_files_that_kept_another_spelling_are_of_the_same_task(tmp_path):
     with pytest.raises(UserError, match="is for task=cartpole-swingup, not walker-walk"):
         load_agent(tmp_path / "agent", task="walker_walk")
     (tmp_path / "run.json").write_text(json.dumps({"settings": {"task": "cartpole_swingup"}}))
-    assert read_run(tmp_path) == {"task": "cartpole-swingup"}
+    assert RunFolder(tmp_path).settings() == {"task": "cartpole-swingup"}
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ from torch import distributions, nn
 from torch.nn import functional as F
 
 from tdmpc_prune.errors import UserError
+from tdmpc_prune.pruning.allocation import make_plan
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
-from tdmpc_prune.pruning.plan import make_plan
 from tdmpc_prune.pruning.rules import _runs
+from tdmpc_prune.pruning.surgery import SurgeryError, commit
 from tests.test_groups import cut, one
+from tests.test_surgery import make_plan as plan_of
 
 
 class Net(nn.Module):
@@ -209,6 +211,7 @@ def test_a_size_that_enters_the_arithmetic_keeps_its_width_and_is_named(weigh):
     assert "its size" in why and "network 'model'" in why
     left = cut(ties, {"v": [0, 5]})
     assert left.widths == {"v": 10}
+    assert left.table() == find_groups(ties).table()  # what was fixed stays so, for the same reason
 
 
 @pytest.mark.parametrize(
@@ -230,6 +233,26 @@ def test_a_number_that_is_kept_lets_the_width_be_cut(weigh):
     left = cut(ties, {"q+k": [0, 7]})
     assert left.widths == {"q+k": 14, "v": 12}
     torch.testing.assert_close(net(x), before)
+
+
+def test_a_number_that_was_set_anew_before_the_cut_says_nothing():
+    net = Net(lambda net, h: h * net.temperature)
+    net.temperature = 1.0
+    ties = one(net)
+    structure = find_groups(ties)
+    net.temperature = 0.5
+    assert commit(plan_of(structure, {"body": [1]}), structure, ties).widths == {"body": 15}
+
+
+def test_a_number_that_the_cut_changes_is_seen_whatever_was_set_before():
+    net = Net(lambda net, h: h * net.temperature * (1.0 if h.shape[-1] >= 15 else 2.0))
+    net.temperature = 1.0
+    ties = one(net)
+    structure = find_groups(ties)
+    net.temperature = 0.5
+    with pytest.raises(SurgeryError, match="another function: its size enters the arithmetic"):
+        commit(plan_of(structure, {"body": [1, 2]}), structure, ties)
+    assert commit(plan_of(structure, {"body": [1]}), structure, ties).widths == {"body": 15}
 
 
 # --- Nothing to cut -------------------------------------------------------------------------

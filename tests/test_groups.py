@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from tdmpc_prune.agent.agent import Agent
+from tdmpc_prune.agent.computation import agent_computation
 from tdmpc_prune.agent.config import PRESETS
 from tdmpc_prune.agent.learner import Learner
 from tdmpc_prune.agent.planner import planning_macs
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.checkpoint import SavedAgent, load_agent, save_agent
-from tdmpc_prune.components import tag
-from tdmpc_prune.compression import agent_computation
 from tdmpc_prune.errors import UserError
+from tdmpc_prune.prunable import Computation, tag
+from tdmpc_prune.pruning.allocation import make_plan
 from tdmpc_prune.pruning.config import ALLOCATIONS, PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
-from tdmpc_prune.pruning.plan import make_plan
 from tdmpc_prune.pruning.rules import UnknownOperation
 from tdmpc_prune.pruning.surgery import SurgeryError, commit
-from tdmpc_prune.pruning.tracing import Computation
+from tdmpc_prune.saving.agents import load_agent, save_agent
 from tests.commands import REACH, run
 from tests.pruning_zoo import NormedLinear, SimNorm, Stacked
 from tests.small import AGENT
@@ -252,7 +252,7 @@ def test_optimiser_holds_the_new_parameters_and_their_moments():
 def test_saving_needs_no_unsafe_pickling(tmp_path):
     learner, ties = small_learner()
     cut(ties, {name: [1] for name in find_groups(ties).widths})
-    save_agent(tmp_path / "agent", SavedAgent(learner.model, AGENT, "cartpole-swingup", 8, {}))
+    save_agent(tmp_path / "agent", Agent(learner.model, AGENT, "cartpole-swingup", 8, {}))
     files = (tmp_path / "agent").iterdir()
     assert {path.suffix for path in files} == {".json", ".safetensors"}
     loaded = load_agent(tmp_path / "agent").model
@@ -265,7 +265,7 @@ def test_width_that_is_not_a_multiple_of_8():
     """Cut widths are multiples of `round_to`, 8 unless asked otherwise."""
     widths = Widths(5, 1, 50, (256,), (512, 512), (512, 512), (512, 512), ((512, 512),) * 2)
     model = WorldModel(widths)
-    structure = find_groups(agent_computation(model, copy.deepcopy(model), PRESETS["paper"]))
+    structure = find_groups(agent_computation(model, copy.deepcopy(model), PRESETS["paper"].value))
     importance = torch.rand(sum(structure.widths.values())).double().numpy()
     for sparsity in (0.3, 0.77, 0.95):
         for allocation in ALLOCATIONS:
@@ -279,7 +279,7 @@ def test_width_that_is_not_a_multiple_of_8():
 
 
 def test_the_published_agent_has_12_groups_one_of_them_coupling():
-    config = PRESETS["paper"]
+    config = PRESETS["paper"].value
     model = WorldModel(Widths.dense(config.network, 5, 1))
     structure = find_groups(agent_computation(model, copy.deepcopy(model), config))
     assert len(structure.groups) == 12

@@ -9,19 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tdmpc_prune.components import tag
+from tdmpc_prune.prunable import Computation, tag
+from tdmpc_prune.pruning.allocation import make_plan
 from tdmpc_prune.pruning.config import GRADIENT_METRICS, METRICS, PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
-from tdmpc_prune.pruning.importance import (
-    Tracker,
-    credible_bound,
-    fit_prior,
-    posterior,
-    weight_sum,
-)
-from tdmpc_prune.pruning.plan import Plan, make_plan
+from tdmpc_prune.pruning.importance import Tracker, credible_bound, fit_prior, posterior, weight_sum
+from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.surgery import commit, kept_units
-from tdmpc_prune.pruning.tracing import Computation
 
 
 def make_net(seed=0):

@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from tdmpc_prune import importance_history, runs
+from tdmpc_prune.training import importance_history
 from tests.commands import run
-from tests.small import pruning_config
 
 GROUPS = ("encoder.0", "latent", "reward.0")
 
@@ -87,9 +86,8 @@ def test_a_run_that_tracks_random_alone_is_drawn_all_the_same(tmp_path):
     assert "in this run" not in importance_history.summary(history)
 
 
-def test_as_typed_from_a_run_of_an_agent(tmp_path):
-    runs.start(pruning_config(tmp_path / "run"), []).run()
-    done = run("importance.py", "run=run", "out=i", cwd=tmp_path)
+def test_as_typed_from_a_run_of_an_agent(pruned_run, tmp_path):
+    done = run("importance.py", f"run={pruned_run[0]}", "out=i", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert {"i.png", "i.md", "i.csv"} <= {path.name for path in tmp_path.iterdir()}
     for metric in ("bayesian", "fisher", "taylor", "gradient", "magnitude"):

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from tdmpc_prune import runs
-from tdmpc_prune.config import TrainConfig
 from tdmpc_prune.pruning.config import PruneConfig
+from tdmpc_prune.training import launch
+from tdmpc_prune.training.config import TrainConfig
 from tests.small import AGENT, PRUNE, small_config
 from tests.synthetic import REACH_OPTIMUM
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 LEARNER = replace(
     AGENT,
@@ -23,7 +25,7 @@ def test_it_reaches_the_known_optimum(tmp_path):
     config = small_config(
         tmp_path / "run", model=LEARNER, env_steps=1000, eval_every=1000, eval_episodes=10
     )
-    evaluation = runs.start(config, []).run()
+    evaluation = launch.start(config, []).run()
     assert evaluation.mean > 0.97 * REACH_OPTIMUM
     assert evaluation.mean < REACH_OPTIMUM + 1e-6
 
@@ -36,9 +38,9 @@ def test_it_is_there_still_with_a_fifth_of_its_parameters(tmp_path):
     config = small_config(
         tmp_path / "run", model=LEARNER, prune=prune, env_steps=1600, eval_every=1600
     )
-    trainer = runs.start(replace(config, eval_episodes=10), [])
+    trainer = launch.start(replace(config, eval_episodes=10), [])
     assert trainer.run().mean > 0.97 * REACH_OPTIMUM
-    assert trainer.course.sparsity >= 0.8
+    assert trainer.pruner.sparsity >= 0.8
 
 
 def test_it_learns_that_termination_ends_the_reward(tmp_path):
@@ -51,9 +53,9 @@ def test_it_learns_that_termination_ends_the_reward(tmp_path):
         eval_every=1500,
         eval_episodes=10,
     )
-    trainer = runs.start(config, [])
+    trainer = launch.start(config, [])
     trainer.run()
-    model = trainer.model
+    model = trainer.trainee.model
     with torch.no_grad():
         latent = model.encode(torch.tensor([[0.95], [0.0]]))
         over, still = model.min_q(latent, torch.tensor([[1.0], [0.0]]))
@@ -67,9 +69,9 @@ def test_a_pruned_agent_keeps_the_return(tmp_path):
     config = TrainConfig(
         prune=PruneConfig(method="bayesian"), eval_every=50_000, run_dir=str(tmp_path / "run")
     )
-    trainer = runs.start(config, [])
+    trainer = launch.start(config, [])
     assert trainer.run().mean >= 0.95 * 850
-    assert trainer.course.sparsity >= 0.9
+    assert trainer.pruner.sparsity >= 0.9
 
 
 @pytest.mark.slow
@@ -82,6 +84,6 @@ def test_published_tasks(tmp_path, task, env_steps, least):
     config = TrainConfig(
         task=task, env_steps=env_steps, eval_every=env_steps, run_dir=str(tmp_path / "run")
     )
-    evaluation = runs.start(config, []).run()
+    evaluation = launch.start(config, []).run()
     assert evaluation.mean >= least
     assert np.isfinite(evaluation.returns).all()

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdmpc_prune.errors import UserError
+from tdmpc_prune.pruning.allocation import _chunk_cost, make_plan
 from tdmpc_prune.pruning.config import ALLOCATIONS, PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
-from tdmpc_prune.pruning.plan import Plan, _chunk_cost, make_plan
+from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.schedule import Schedule, make_schedule
 from tdmpc_prune.pruning.surgery import commit
 from tests.test_groups import LATENT, small_learner

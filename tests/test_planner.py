@@ -7,7 +7,7 @@ import torch
 
 from tdmpc_prune.agent.config import NetworkConfig, PlannerConfig
 from tdmpc_prune.agent.planner import (
-    Plan,
+    Decision,
     PlannerNoise,
     draw_noise,
     first_means,
@@ -136,7 +136,7 @@ def test_margins_are_the_distances_to_the_next_tie():
     empty = torch.zeros(1)
     values = [torch.tensor([[1.0, 9.0, 5.0, 4.5]]), torch.tensor([[8.0, 2.0, 7.75, 4.0]])]
     scores = torch.tensor([[0.6, 0.4]])
-    decision = Plan(empty, empty, empty, empty, values, scores)
+    decision = Decision(empty, empty, empty, empty, values, scores)
     gaps, end = margins(decision, torch.tensor([0.5]))  # the first elite of two
     assert gaps.flatten().tolist() == [0.5, 0.25] and end.item() == pytest.approx(0.1)
     decision = replace(decision, scores=torch.tensor([[0.5, 0.2, 0.1, 0.2]]))

@@ -11,30 +11,30 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tdmpc_prune import prune_checkpoint, pruning_report, run_log, runs
+from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.world_model import Widths
-from tdmpc_prune.checkpoint import (
-    SavedAgent,
-    checkpoint_dir,
-    load_agent,
-    load_training,
-    save_agent,
-)
-from tdmpc_prune.config import AutoencoderConfig, PruneCheckpointConfig, to_plain
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.evaluation import Evaluation
 from tdmpc_prune.pruning.config import METRICS
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.surgery import SurgeryError
-from tdmpc_prune.run_log import read_history
+from tdmpc_prune.saving.agents import load_agent, save_agent
+from tdmpc_prune.saving.run_folder import RunFolder, checkpoint_dir, load_training
+from tdmpc_prune.settings import to_plain
 from tdmpc_prune.signals import Stopped
+from tdmpc_prune.training import launch
+from tdmpc_prune.training import log as run_log
+from tdmpc_prune.training import report as pruning_report
+from tdmpc_prune.training.config import AutoencoderConfig, PruneCheckpointConfig
 from tests.commands import REACH, SMALL, run
 from tests.small import PRUNE, pruning_config, small_config
 from tests.test_resume import Killed, assert_same_run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def resume(run_dir):
-    return runs.resume(small_config(run_dir, resume=str(run_dir)), ["resume"])
+    return launch.resume(small_config(run_dir, resume=str(run_dir)), ["resume"])
 
 
 def pruning_state(run_dir):
@@ -55,30 +55,18 @@ def assert_same_pruning(ours, theirs):
     assert load_agent(ours).model.widths == load_agent(theirs).model.widths
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """A pruned run that nothing happened to, and the numbers of its steps that prune."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    trainer = runs.start(pruning_config(run_dir), [])
-    steps, pruning = 0, []
-
-    def count(step=trainer.step):
-        nonlocal steps
-        due = trainer.course.due(trainer.progress.env_steps)
-        if due and trainer.episode is None and trainer.progress.updates_due < 1:
-            pruning.append((steps, due))
-        steps += 1
-        return step()
-
-    trainer.step = count
-    trainer.run()
-    return run_dir, pruning
+@pytest.fixture
+def whole_run(pruned_run):
+    return pruned_run
 
 
 def test_a_run_is_pruned_in_steps_and_says_what_each_did(whole_run):
     run_dir, pruning = whole_run
     assert [due for _, due in pruning][:3] == ["measure", "cut", "measure"]
-    cuts, steps = read_history(run_dir, "cut"), read_history(run_dir, "pruning step")
+    cuts, steps = (
+        RunFolder(run_dir).read_history("cut"),
+        RunFolder(run_dir).read_history("pruning step"),
+    )
     assert [cut["step"] for cut in cuts] == [step["step"] for step in steps] == [1, 2, 3]
     assert all(step["kept"] for step in steps)
     assert [cut["env_steps"] for cut in cuts] == [80, 120, 160]
@@ -89,7 +77,7 @@ def test_a_run_is_pruned_in_steps_and_says_what_each_did(whole_run):
             assert set(step[moment]) == {"mean", "std"}
         if step["after"]["mean"] >= step["before"]["mean"] - 0.05 * abs(step["before"]["mean"]):
             assert step["recovery"] == 0
-    moments = [t["moment"] for t in read_history(run_dir, "tracking") if t["step"] == 2]
+    moments = [t["moment"] for t in RunFolder(run_dir).read_history("tracking") if t["step"] == 2]
     assert moments[:2] == ["before", "after"] and moments[-1] == "recovered"
 
     dense = load_agent(run_dir / "agents" / "dense")
@@ -104,7 +92,7 @@ def test_a_run_is_pruned_in_steps_and_says_what_each_did(whole_run):
     left = sum(p.numel() for p in agent.model.parameters())
     assert left == cuts[-1]["parameters"]
     said = agent.provenance["pruning"]
-    assert set(read_history(run_dir, "importance")[0]["components"]["bayesian"]) == {
+    assert set(RunFolder(run_dir).read_history("importance")[0]["components"]["bayesian"]) == {
         *("encoder", "dynamics", "reward", "policy", "q_ensemble.0", "q_ensemble.1", "coupling")
     }
     assert (said["method"], said["cuts"], said["parameters"]) == ("bayesian", 3, left)
@@ -117,8 +105,8 @@ def test_tensorboard_and_pictures_show_it(whole_run):
     events = EventAccumulator(str(run_dir))
     events.Reload()
     scalars = events.Tags()["scalars"]
-    tracked = read_history(run_dir, "tracking")
-    both = read_history(run_dir, "tracking", "evaluation")
+    tracked = RunFolder(run_dir).read_history("tracking")
+    both = RunFolder(run_dir).read_history("tracking", "evaluation")
     for tag, key, records in (
         ("pruning/return", "mean", tracked),
         ("networks/sparsity", "sparsity", both),
@@ -127,7 +115,7 @@ def test_tensorboard_and_pictures_show_it(whole_run):
         logged = [(event.step, event.value) for event in events.Scalars(tag)]
         assert [step for step, _ in logged] == [record["env_steps"] for record in records]
         assert [value for _, value in logged] == pytest.approx([r[key] for r in records])
-    names = read_history(run_dir, "importance")[0]["groups"]["bayesian"]
+    names = RunFolder(run_dir).read_history("importance")[0]["groups"]["bayesian"]
     groups = {f"unit importance by group/{metric}/{name}" for metric in METRICS for name in names}
     assert len(names) == 12 and groups <= set(scalars)
     assert "unit importance by component/bayesian/coupling" in scalars
@@ -151,10 +139,10 @@ def test_hyperparameters_start_with_what_tells_runs_apart(tmp_path, method):
 
 
 def test_importance_is_on_file_for_every_metric(whole_run):
-    for record in read_history(whole_run[0], "importance"):
+    for record in RunFolder(whole_run[0]).read_history("importance"):
         assert set(record["groups"]) == set(METRICS)
         assert record["correlations"]["gradient ~ taylor"] <= 1
-    densities = read_history(whole_run[0], "importance")[0]["groups"]
+    densities = RunFolder(whole_run[0]).read_history("importance")[0]["groups"]
     assert all(value > 0 for value in densities["bayesian"].values())
 
 
@@ -166,7 +154,7 @@ def test_a_run_stopped_in_a_pruning_step_resumes_exactly(whole_run, tmp_path, wh
     """Killed before the step's `which`-th action, or stopped with its state saved after it."""
     whole, pruning = whole_run
     left = pruning[which][0]
-    trainer = runs.start(pruning_config(tmp_path / "run"), [])
+    trainer = launch.start(pruning_config(tmp_path / "run"), [])
 
     def interrupted(step=trainer.step):
         nonlocal left
@@ -187,16 +175,16 @@ def test_a_run_stopped_in_a_pruning_step_resumes_exactly(whole_run, tmp_path, wh
 def returns(monkeypatch, script):
     """Let evaluations return what `script(cut count)` says."""
 
-    def evaluate(model, *_, **__):
-        value = script(sum(p.numel() for p in model.parameters()))
+    def evaluate(agent, *_, **__):
+        value = script(sum(p.numel() for p in agent.model.parameters()))
         return Evaluation([value, value], 1, 0.0)
 
-    monkeypatch.setattr("tdmpc_prune.training.evaluate", evaluate)
+    monkeypatch.setattr("tdmpc_prune.training.agent.evaluate", evaluate)
 
 
 def everything(trainer):
     """Networks, optimisers and tracker, bit for bit."""
-    return {name: tensor.clone() for name, tensor in trainer.course._snapshot().items()}
+    return {name: tensor.clone() for name, tensor in trainer.pruner._snapshot().items()}
 
 
 def test_a_step_that_does_not_recover_is_undone_exactly(tmp_path, monkeypatch, capsys):
@@ -204,13 +192,13 @@ def test_a_step_that_does_not_recover_is_undone_exactly(tmp_path, monkeypatch, c
     config = pruning_config(tmp_path / "run")
     config = replace(config, prune=replace(config.prune, max_return_drop=0.1), env_steps=400)
     returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
-    trainer = runs.start(config, [])
+    trainer = launch.start(config, [])
     before, undone = {}, []
 
     def watch(step=trainer.step):
-        due = trainer.course.due(trainer.progress.env_steps)
-        at_rest = trainer.episode is None and trainer.progress.updates_due < 1
-        sparsity = trainer.course.sparsity
+        due = trainer.pruner.due(trainer.now)
+        at_rest = trainer.trainee.episode is None and trainer.trainee.progress.updates_due < 1
+        sparsity = trainer.pruner.sparsity
         if at_rest and due == "cut":
             before.clear()
             before.update(everything(trainer))
@@ -219,50 +207,50 @@ def test_a_step_that_does_not_recover_is_undone_exactly(tmp_path, monkeypatch, c
             after = everything(trainer)
             assert set(after) == set(before)
             assert all(torch.equal(after[name], before[name]) for name in before)
-            undone.append((sparsity, trainer.course.sparsity))
+            undone.append((sparsity, trainer.pruner.sparsity))
         return left
 
     trainer.step = watch
     trainer.run()
-    steps = read_history(tmp_path / "run", "pruning step")
+    steps = RunFolder(tmp_path / "run").read_history("pruning step")
     failed = [step for step in steps if not step["kept"]]
     assert failed and len(failed) == len(undone)
     assert all(step["recovered"]["mean"] == 50 and step["least"] == 90 for step in failed)
     assert "UNDONE: below 90" in capsys.readouterr().out
     assert load_agent(tmp_path / "run").provenance["returns"] == [100.0, 100.0]
-    assert trainer.progress.env_steps == 400  # the run went on
+    assert trainer.now == 400  # the run went on
     # What follows an undone step aims halfway to it.
     number = steps.index(failed[0])
     if number + 1 < len(steps):
         kept = undone[0][1]
         assert steps[number + 1]["target"] <= (kept + failed[0]["sparsity"]) / 2 + 1e-9
-    (last,) = read_history(tmp_path / "run", "undone")[-1:]
+    (last,) = RunFolder(tmp_path / "run").read_history("undone")[-1:]
     assert last["sparsity"] == pytest.approx(undone[-1][1])
     agent = load_agent(tmp_path / "run")
     assert agent.provenance["pruning"]["cuts"] == len(steps) - len(failed)
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
-def test_a_run_killed_around_an_undone_step_resumes_exactly(tmp_path, monkeypatch, part):
+def test_a_run_killed_around_an_undone_step_resumes_exactly(once, tmp_path, monkeypatch, part):
     returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
 
-    def start(name):
-        config = pruning_config(tmp_path / name)
-        return runs.start(replace(config, prune=replace(config.prune, max_return_drop=0.1)), [])
+    def start(run_dir):
+        config = pruning_config(run_dir)
+        return launch.start(replace(config, prune=replace(config.prune, max_return_drop=0.1)), [])
 
-    start("whole").run()
-    assert any(not step["kept"] for step in read_history(tmp_path / "whole", "pruning step"))
-    trainer = start("run")
+    whole = once("undone", lambda folder: start(folder / "run").run().mean)[0] / "run"
+    assert any(not step["kept"] for step in RunFolder(whole).read_history("pruning step"))
+    trainer = start(tmp_path / "run")
 
     def interrupted(step=trainer.step):
-        due = trainer.course.due(trainer.progress.env_steps)
-        cut = trainer.course.stage.phase in ("cut", "recovering") and trainer.course
+        due = trainer.pruner.due(trainer.now)
+        cut = trainer.pruner.stage.phase in ("cut", "recovering") and trainer.pruner
         if part == 0 and due == "undo":
             raise Killed
-        if part == 1 and cut and trainer.course.stage.step == 2:
+        if part == 1 and cut and trainer.pruner.stage.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         left = step()
-        if part == 2 and due == "undo" and trainer.course.stage.phase == "waiting":
+        if part == 2 and due == "undo" and trainer.pruner.stage.phase == "waiting":
             raise Killed
         return left
 
@@ -270,7 +258,7 @@ def test_a_run_killed_around_an_undone_step_resumes_exactly(tmp_path, monkeypatc
     with pytest.raises((Killed, Stopped)):
         trainer.run()
     resume(tmp_path / "run").run()
-    assert_same_pruning(tmp_path / "whole", tmp_path / "run")
+    assert_same_pruning(whole, tmp_path / "run")
 
 
 def undoing_config(run_dir, **changes):
@@ -280,12 +268,13 @@ def undoing_config(run_dir, **changes):
     return replace(config, prune=replace(prune, **changes))
 
 
-def test_an_undone_cut_is_tried_again_smaller_while_there_is_time(tmp_path, monkeypatch, capsys):
+@pytest.mark.drawn
+def test_an_undone_cut_is_tried_again_smaller_while_there_is_time(tmp_path, monkeypatch):
     returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
     run_dir = tmp_path / "run"
-    trainer = runs.start(undoing_config(run_dir), [])
-    runs.finish(trainer)
-    steps = read_history(run_dir, "pruning step")
+    trainer = launch.start(undoing_config(run_dir), [])
+    said = launch.finish(trainer)
+    steps = RunFolder(run_dir).read_history("pruning step")
     assert len(steps) > 3 and not steps[1]["kept"]
     assert steps[2]["cut_at"] == steps[1]["until"]  # at once
     present, failed = steps[0]["sparsity"], steps[1]["sparsity"]
@@ -297,37 +286,40 @@ def test_an_undone_cut_is_tried_again_smaller_while_there_is_time(tmp_path, monk
         )
     assert present > steps[0]["sparsity"] or all(not step["kept"] for step in steps[2:])
 
-    (end,) = read_history(run_dir, "end")
+    (end,) = RunFolder(run_dir).read_history("end")
     assert end == [*map(json.loads, (run_dir / "history.jsonl").read_text().splitlines())][-1]
     assert end["asked_sparsity"] == 0.7 and end["sparsity"] == pytest.approx(present)
     assert end["undone"] == sum(not step["kept"] for step in steps)
     last = [step for step in steps if not step["kept"]][-1]
     why = f"cut {last['step']} (to {last['sparsity']:.3f}) was undone because its return 50 stayed"
     assert end["shortfall"].startswith(f"{why} below 90; ")
-    out = capsys.readouterr().out
-    assert "0.7 was asked for" in out and f"less than asked for: {why}" in out
+    assert "0.7 was asked for" in said and f"less than asked for: {why}" in said
     assert load_agent(run_dir).provenance["pruning"]["shortfall"] == end["shortfall"]
 
 
 def test_a_smaller_cut_is_not_tried_without_the_time_to_recover(tmp_path, monkeypatch):
     returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
-    runs.start(undoing_config(tmp_path / "run", start=0.4, end=0.8), []).run()
-    assert [step["kept"] for step in read_history(tmp_path / "run", "pruning step")] == [
+    launch.start(undoing_config(tmp_path / "run", start=0.4, end=0.8), []).run()
+    assert [step["kept"] for step in RunFolder(tmp_path / "run").read_history("pruning step")] == [
         True,
         False,
     ]
-    (end,) = read_history(tmp_path / "run", "end")
+    (end,) = RunFolder(tmp_path / "run").read_history("end")
     assert end["shortfall"].endswith("0 env steps were left, and a smaller cut needs 80 to recover")
 
 
 @pytest.mark.parametrize("step", [3, 4])
-def test_a_run_killed_while_it_tries_again_resumes_exactly(tmp_path, monkeypatch, step):
+def test_a_run_killed_while_it_tries_again_resumes_exactly(once, tmp_path, monkeypatch, step):
     returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
-    runs.start(undoing_config(tmp_path / "whole"), []).run()
-    trainer = runs.start(undoing_config(tmp_path / "run"), [])
+
+    def make(folder):
+        launch.start(undoing_config(folder / "run"), []).run()
+
+    whole = once("tried-again", make)[0] / "run"
+    trainer = launch.start(undoing_config(tmp_path / "run"), [])
 
     def interrupted(go_on=trainer.step):
-        stage = trainer.course.stage
+        stage = trainer.pruner.stage
         if stage.step == step and stage.phase == "recovering":
             os.kill(os.getpid(), signal.SIGTERM)
         return go_on()
@@ -336,13 +328,13 @@ def test_a_run_killed_while_it_tries_again_resumes_exactly(tmp_path, monkeypatch
     with pytest.raises(Stopped):
         trainer.run()
     resume(tmp_path / "run").run()
-    assert_same_pruning(tmp_path / "whole", tmp_path / "run")
+    assert_same_pruning(whole, tmp_path / "run")
 
 
 def test_a_stage_of_an_older_release_is_taken_up(tmp_path):
     old = {"phase": "waiting", "gathered": 0, "step": 2, "kept": 1, "changes": 3}
     old |= {"reference": 100.0, "failed": 0.7, "came_back": False, "record": {}}
-    course = runs.start(undoing_config(tmp_path / "run"), []).course
+    course = launch.start(undoing_config(tmp_path / "run"), []).pruner
     values, tensors = course.state()
     course.load_state(values | {"stage": old}, tensors)
     assert course.stage.undone == [] and course.stage.dense_scores == []
@@ -352,7 +344,7 @@ def test_a_stage_of_an_older_release_is_taken_up(tmp_path):
 
 
 def scored(tmp_path, scores):
-    course = runs.start(undoing_config(tmp_path / "run"), []).course
+    course = launch.start(undoing_config(tmp_path / "run"), []).pruner
     for now, score in enumerate(scores):
         course.scored(now, score)
     return course
@@ -384,35 +376,36 @@ def test_what_is_pruned_is_judged_by_the_best_return_so_far(tmp_path, monkeypatc
     def evaluate(*_, **__):
         return Evaluation([next(values)] * 2, 1, 0.0)
 
-    monkeypatch.setattr("tdmpc_prune.training.evaluate", evaluate)
+    monkeypatch.setattr("tdmpc_prune.training.agent.evaluate", evaluate)
     config = undoing_config(tmp_path / "run", start=0.3, end=0.6, max_return_drop=0.1)
-    runs.start(config, []).run()
-    steps = read_history(tmp_path / "run", "pruning step")
+    launch.start(config, []).run()
+    steps = RunFolder(tmp_path / "run").read_history("pruning step")
     assert steps[0]["before"]["mean"] == 60 and steps[0]["least"] == 90 and not steps[0]["kept"]
     assert steps[-1]["least"] == 180
-    assert read_history(tmp_path / "run", "end")[0]["reference"] == 200
+    assert RunFolder(tmp_path / "run").read_history("end")[0]["reference"] == 200
 
 
 def test_a_return_that_still_rose_at_the_first_cut_is_said(tmp_path, monkeypatch, capsys):
     values = iter([100.0, 219.0, *[850.0] * 100])
     monkeypatch.setattr(
-        "tdmpc_prune.training.evaluate", lambda *_, **__: Evaluation([next(values)] * 2, 1, 0.0)
+        "tdmpc_prune.training.agent.evaluate",
+        lambda *_, **__: Evaluation([next(values)] * 2, 1, 0.0),
     )
-    runs.start(undoing_config(tmp_path / "run"), []).run()
-    (warning,) = read_history(tmp_path / "run", "warning")
+    launch.start(undoing_config(tmp_path / "run"), []).run()
+    (warning,) = RunFolder(tmp_path / "run").read_history("warning")
     assert "the return was still rising at the first cut (100 at 60, 219 at " in warning["text"]
     assert capsys.readouterr().out.count("note: the return was still rising") == 1
 
 
 def test_times_are_measured_once_at_the_end_of_all_agents(whole_run):
-    (times,) = read_history(whole_run[0], "times")
+    (times,) = RunFolder(whole_run[0]).read_history("times")
     names = ["dense", "step-1", "step-2", "step-3", "final"]
     assert list(times["agents"]) == names and times["threads"] >= 1
     for agent in times["agents"].values():
         assert 0 < agent["decision_ms"]["median"] <= agent["decision_ms"]["p95"]
     macs = [agent["macs"] for agent in times["agents"].values()]
     assert macs == sorted(macs, reverse=True)
-    for entry in read_history(whole_run[0], "evaluation", "tracking"):
+    for entry in RunFolder(whole_run[0]).read_history("evaluation", "tracking"):
         assert "decision_ms" not in entry
 
 
@@ -420,19 +413,18 @@ def test_a_cut_that_fails_stops_the_run_with_its_networks_whole(tmp_path, monkey
     def fail(*_):
         raise SurgeryError("on purpose")
 
-    monkeypatch.setattr("tdmpc_prune.pruning.course.commit", fail)
-    trainer = runs.start(pruning_config(tmp_path / "run"), [])
+    monkeypatch.setattr("tdmpc_prune.pruning.pruner.commit", fail)
+    trainer = launch.start(pruning_config(tmp_path / "run"), [])
     with pytest.raises(RunError, match="cut 1 was undone and the run stopped: on purpose"):
         trainer.run()
-    assert trainer.course.sparsity == 0
+    assert trainer.pruner.sparsity == 0
 
 
-def test_the_dense_part_of_a_pruned_run_is_the_dense_run(whole_run, tmp_path):
+def test_the_dense_part_of_a_pruned_run_is_the_dense_run(whole_run, small_run):
     """The tracker changes nothing until the first cut."""
-    runs.start(small_config(tmp_path / "dense"), []).run()
     ours, theirs = (
-        [(e["env_steps"], e["mean_return"]) for e in read_history(folder, "evaluation")]
-        for folder in (whole_run[0], tmp_path / "dense")
+        [(e["env_steps"], e["mean_return"]) for e in RunFolder(folder).read_history("evaluation")]
+        for folder in (whole_run[0], small_run[0])
     )
     assert ours[0] == theirs[0] and ours[0][0] == 60
 
@@ -440,11 +432,9 @@ def test_the_dense_part_of_a_pruned_run_is_the_dense_run(whole_run, tmp_path):
 # --- A finished agent ------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("dense") / "run"
-    runs.start(small_config(run_dir), []).run()
-    return run_dir
+@pytest.fixture
+def dense(small_run):
+    return small_run[0]
 
 
 def finished(dense, run_dir, **changes):
@@ -455,83 +445,83 @@ def finished(dense, run_dir, **changes):
 
 
 def test_a_finished_agent_is_pruned_and_recovers(dense, tmp_path):
-    trainer = prune_checkpoint.start(finished(dense, tmp_path / "run"), [])
-    assert trainer.progress.env_steps == 200
+    trainer = launch.start(launch.pruning_run(finished(dense, tmp_path / "run"), []), [])
+    assert trainer.now == 200
     trainer.run()
-    cuts = read_history(tmp_path / "run", "cut")
+    cuts = RunFolder(tmp_path / "run").read_history("cut")
     assert [cut["env_steps"] for cut in cuts] == [240, 260, 280]
-    assert trainer.progress.env_steps == 320
+    assert trainer.now == 320
     assert load_agent(tmp_path / "run").provenance["pruning"]["sparsity"] >= 0.7
 
 
 def test_the_checkpoints_evaluation_is_not_played_again(dense, tmp_path, monkeypatch):
-    monkeypatch.setattr("tdmpc_prune.training.evaluate", lambda *_, **__: None)
+    monkeypatch.setattr("tdmpc_prune.training.agent.evaluate", lambda *_, **__: None)
 
     def begun(run_dir, start_from):
         config = small_config(run_dir, start_from=str(start_from), env_steps=320)
-        trainer = runs.start(config, [])
+        trainer = launch.start(config, [])
         trainer.log = SimpleNamespace(progress=lambda **_: None)
         return trainer
 
     trainer = begun(tmp_path / "run", dense)
     saved = load_training(checkpoint_dir(dense))[0]["evaluation"]["returns"]
-    assert trainer.evaluation(2).returns == saved
-    assert trainer.evaluation(3) is None  # more episodes than there are on file
-    trainer.take_learner(trainer.model, {}, 0)
-    assert trainer.evaluation(2) is None  # nothing is known of another learner
+    assert trainer.measure(2).returns == saved
+    assert trainer.measure(3) is None  # more episodes than there are on file
+    trainer.take_networks(trainer.trainee.model)
+    assert trainer.measure(2) is None  # nothing is known of another learner
 
     learnt_on = shutil.copytree(dense, tmp_path / "learnt on")
     path = checkpoint_dir(learnt_on) / "training.json"
     values = json.loads(path.read_text())
     values["evaluated"][0] -= 1
     path.write_text(json.dumps(values))
-    assert begun(tmp_path / "other", learnt_on).evaluation(2) is None  # it was of other weights
+    assert begun(tmp_path / "other", learnt_on).measure(2) is None  # it was of other weights
 
 
 def test_one_cut_without_recovery_changes_no_weight_that_stays(dense, tmp_path):
     config = finished(dense, tmp_path / "run", env_steps=0)
     config = replace(config, prune=replace(config.prune, steps=1))
-    prune_checkpoint.start(config, []).run()
+    launch.start(launch.pruning_run(config, []), []).run()
     plan = Plan.load(tmp_path / "run/plans/step-1.json")
     before, after = load_agent(dense).model, load_agent(tmp_path / "run").model
     rows = [u for u in range(16) if u not in plan.removed.get("reward.2", [])]
     assert torch.equal(after.reward[4].weight, before.reward[4].weight[:, rows])
-    (step,) = read_history(tmp_path / "run", "pruning step")
+    (step,) = RunFolder(tmp_path / "run").read_history("pruning step")
     assert step["after"]["mean"] == step["recovered"]["mean"]
 
 
 def test_an_agent_without_its_buffer_plays_episodes_first(dense, tmp_path):
     agent = load_agent(dense)
-    save_agent(tmp_path / "shipped", SavedAgent(**vars(agent)))
+    save_agent(tmp_path / "shipped", Agent(**vars(agent)))
     config = finished(tmp_path / "shipped", tmp_path / "run")
-    trainer = prune_checkpoint.start(config, [])
+    trainer = launch.start(launch.pruning_run(config, []), [])
     trainer.run()
-    assert len(read_history(tmp_path / "run", "cut")) == 3
-    assert trainer.progress.env_steps == 320  # the gathered episodes are not counted
-    assert len(trainer.replay) == min(110, 20 * 2 + 120)
+    assert len(RunFolder(tmp_path / "run").read_history("cut")) == 3
+    assert trainer.now == 320  # the gathered episodes are not counted
+    assert len(trainer.trainee.replay) == min(110, 20 * 2 + 120)
 
 
 @pytest.mark.parametrize("explained", [False, True])
 def test_an_agent_without_its_buffer_can_be_cut_once_or_explained(dense, tmp_path, explained):
-    save_agent(tmp_path / "shipped", SavedAgent(**vars(load_agent(dense))))
+    save_agent(tmp_path / "shipped", Agent(**vars(load_agent(dense))))
     path = str(tmp_path / "plan.json") if explained else None
     config = finished(tmp_path / "shipped", tmp_path / "run", env_steps=0, explain=path)
     config = replace(config, prune=replace(config.prune, steps=1, max_return_drop=0.0))
     if explained:
-        assert prune_checkpoint.explain(config, []).removed
+        assert launch.explain(config, []).removed
         assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json", "shipped"]
         return
-    prune_checkpoint.start(config, []).run()
-    (step,) = read_history(tmp_path / "run", "pruning step")
+    launch.start(launch.pruning_run(config, []), []).run()
+    (step,) = RunFolder(tmp_path / "run").read_history("pruning step")
     assert step["kept"]  # there was no recovery that could have failed
     assert load_agent(tmp_path / "run").provenance["pruning"]["sparsity"] >= 0.7
 
 
 def test_what_is_explained_is_what_is_cut(dense, tmp_path):
     config = finished(dense, tmp_path / "run", explain=str(tmp_path / "plan.json"))
-    plan = prune_checkpoint.explain(config, [])
+    plan = launch.explain(config, [])
     config = replace(config, explain=None, env_steps=0, prune=replace(config.prune, steps=1))
-    prune_checkpoint.start(config, []).run()
+    launch.start(launch.pruning_run(config, []), []).run()
     assert Plan.load(tmp_path / "run/plans/step-1.json") == plan
 
 
@@ -539,8 +529,8 @@ def test_cuts_that_are_close_together_still_get_time(tmp_path):
     """Twenty env steps are an episode; the schedule's cuts are five apart."""
     config = pruning_config(tmp_path / "run")
     config = replace(config, prune=replace(config.prune, start=100.0, end=115.0))
-    runs.start(config, []).run()
-    steps = read_history(tmp_path / "run", "pruning step")
+    launch.start(config, []).run()
+    steps = RunFolder(tmp_path / "run").read_history("pruning step")
     assert [step["cut_at"] for step in steps] == [120, 140, 160]
 
 
@@ -548,14 +538,19 @@ def test_a_run_cannot_be_shortened_into_its_schedule(whole_run, tmp_path):
     shutil.copytree(whole_run[0], tmp_path / "run")
     config = small_config(tmp_path / "run", resume=str(tmp_path / "run"), env_steps=150)
     with pytest.raises(UserError, match="would end the run before its pruning schedule"):
-        runs.resume(config, ["resume", "env_steps"])
+        launch.resume(config, ["resume", "env_steps"])
 
 
 @pytest.mark.parametrize("after", [3, 30])
-def test_pruning_a_finished_agent_resumes_exactly(dense, tmp_path, after):
-    prune_checkpoint.start(finished(dense, tmp_path / "whole"), []).run()
+def test_pruning_a_finished_agent_resumes_exactly(once, dense, tmp_path, after):
+    def make(folder):
+        launch.start(launch.pruning_run(finished(dense, folder / "run"), []), []).run()
+
+    whole = once("finished", make)[0] / "run"
     shutil.copytree(dense, tmp_path / "dense")
-    trainer = prune_checkpoint.start(finished(tmp_path / "dense", tmp_path / "run"), [])
+    trainer = launch.start(
+        launch.pruning_run(finished(tmp_path / "dense", tmp_path / "run"), []), []
+    )
     shutil.rmtree(tmp_path / "dense")  # the run's own checkpoint is enough
     left = after
 
@@ -570,16 +565,16 @@ def test_pruning_a_finished_agent_resumes_exactly(dense, tmp_path, after):
     with pytest.raises(Stopped):
         trainer.run()
     resume(tmp_path / "run").run()
-    assert_same_pruning(tmp_path / "whole", tmp_path / "run")
+    assert_same_pruning(whole, tmp_path / "run")
 
 
 def test_a_plan_is_explained_saved_and_carried_out_on_the_checkpoint(dense, tmp_path):
     config = finished(dense, tmp_path / "run", explain=str(tmp_path / "plan.json"))
-    plan = prune_checkpoint.explain(config, [])
+    plan = launch.explain(config, [])
     assert Plan.load(tmp_path / "plan.json") == plan
     assert not (tmp_path / "run").exists()
     given = replace(config.prune, plan=str(tmp_path / "plan.json"))
-    trainer = prune_checkpoint.start(replace(config, explain=None, prune=given), [])
+    trainer = launch.start(launch.pruning_run(replace(config, explain=None, prune=given), []), [])
     trainer.step = lambda step=trainer.step: os.kill(os.getpid(), signal.SIGINT) or step()
     with pytest.raises(Stopped):
         trainer.run()
@@ -589,24 +584,17 @@ def test_a_plan_is_explained_saved_and_carried_out_on_the_checkpoint(dense, tmp_
     widths = load_agent(tmp_path / "run").model.widths
     assert widths.latent == plan.widths_after["encoder.2+dynamics.4"]
     assert widths.policy == (plan.widths_after["policy.0"], plan.widths_after["policy.2"])
-    assert len(read_history(tmp_path / "run", "cut")) == 1
+    assert len(RunFolder(tmp_path / "run").read_history("cut")) == 1
     with pytest.raises(UserError, match="the plan does not fit: group '"):
-        prune_checkpoint.start(
-            replace(
-                config,
-                explain=None,
-                prune=given,
-                checkpoint=str(tmp_path / "run"),
-                run_dir=str(tmp_path / "again"),
-            ),
-            [],
-        )
+        again = replace(config, explain=None, prune=given, run_dir=str(tmp_path / "again"))
+        again = replace(again, checkpoint=str(tmp_path / "run"))
+        launch.start(launch.pruning_run(again, []), [])
 
 
 def test_a_run_can_start_from_a_checkpoint_only_for_the_same_task(dense, tmp_path):
     config = small_config(tmp_path / "x", start_from=str(dense), task="gym:Pendulum-v1")
     with pytest.raises(UserError, match="its task is gym:tests"):
-        runs.start(config, [])
+        launch.start(config, [])
 
 
 def test_widths_of_weights():
@@ -635,12 +623,26 @@ PRUNED = [*SMALL, "prune=bayesian", "prune.min_width=2", "prune.round_to=1", "pr
         (["prune.shape=cosin"], "must be one of cosine, linear, cubic"),
         (["prune.budgets={dynamics: 3}"], "must lie in [0, 1]"),
         (["prune.spasity=0.5"], "did you mean prune.sparsity"),
-        (["prune=bayesan"], "the choices are none, bayesian"),
-        (["prune.plan=nowhere.json"], "plan 'nowhere.json' cannot be read"),
+        (["prune.plan=nowhere.json"], "prune.min_width=2 has no effect with prune.plan=…"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_line_and_nothing_starts(tmp_path, arguments, message):
-    done = run("train.py", *PRUNED, *arguments, cwd=tmp_path)
+    refused([*PRUNED, *arguments], message, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune=bayesan"], "the choices are none, bayesian"),
+        (["prune=bayesian", "prune.plan=nowhere.json"], "plan 'nowhere.json' cannot be read"),
+    ],
+)
+def test_a_wrong_choice_or_plan_is_one_line(tmp_path, arguments, message):
+    refused([*SMALL, *arguments], message, tmp_path)
+
+
+def refused(arguments, message, tmp_path):
+    done = run("train.py", *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and message in lines[0], done.stderr

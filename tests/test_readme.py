@@ -63,8 +63,8 @@ def test_every_command_of_a_page_is_understood(page, tmp_path, monkeypatch):
     compose = command_line.run_command
     understood = []
 
-    def without_work(name, function, *sweeps):
-        compose(name, lambda config, given: understood.append(config))
+    def without_work(schema, main, *sweeps):
+        compose(schema, lambda config, given: understood.append(config))
 
     monkeypatch.setattr(command_line, "run_command", without_work)
     monkeypatch.setattr(command_line, "run_sweeps", without_work)
@@ -92,6 +92,14 @@ def test_the_network_of_the_readme_is_pruned(capsys):
     assert net(names["x"]).shape == (64, 2)
     assert names["groups"].widths == plan.widths_after
     assert "mlp" in capsys.readouterr().out
+
+
+def test_the_control_loop_of_the_readme_controls(monkeypatch):
+    (block,) = [block for block in blocks(README, "python") if "Controller" in block]
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["reward"] > 7  # of 8: one for each simulator step with the pole up
 
 
 def rows(page):

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tdmpc_prune import runs
-from tdmpc_prune.checkpoint import checkpoint_dir, load_tensors, owned
 from tdmpc_prune.errors import RunError, UserError
+from tdmpc_prune.saving.files import load_tensors
+from tdmpc_prune.saving.run_folder import RunFolder, checkpoint_dir
 from tdmpc_prune.signals import Stopped
-from tdmpc_prune.training import EVALUATION_SEED
+from tdmpc_prune.training import launch
+from tdmpc_prune.training.agent import EVALUATION_SEED
 from tests.commands import run
 from tests.small import AGENT, small_config
 from tests.synthetic import Reach
@@ -67,33 +68,21 @@ def assert_same_run(ours, theirs):
 
 
 def resume(run_dir):
-    return runs.resume(small_config(run_dir, resume=str(run_dir)), ["resume"])
+    return launch.resume(small_config(run_dir, resume=str(run_dir)), ["resume"])
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """A run that nothing happened to, and the number of its steps."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    trainer = runs.start(small_config(run_dir), [])
-    steps = 0
-
-    def count(step=trainer.step):
-        nonlocal steps
-        steps += 1
-        return step()
-
-    trainer.step = count
-    trainer.run()
-    return run_dir, steps
+@pytest.fixture
+def whole_run(small_run):
+    return small_run
 
 
 def test_the_same_seed_gives_the_same_run(whole_run, tmp_path):
-    runs.start(small_config(tmp_path / "again"), []).run()
+    launch.start(small_config(tmp_path / "again"), []).run()
     assert_same_run(whole_run[0], tmp_path / "again")
 
 
 def test_another_seed_gives_another_run(whole_run, tmp_path):
-    runs.start(small_config(tmp_path / "other", seed=2), []).run()
+    launch.start(small_config(tmp_path / "other", seed=2), []).run()
     assert history(whole_run[0]) != history(tmp_path / "other")
 
 
@@ -101,7 +90,7 @@ def test_another_seed_gives_another_run(whole_run, tmp_path):
 def test_a_run_killed_anywhere_resumes_exactly(whole_run, tmp_path, part):
     """Killed: nothing is saved at that moment."""
     whole, steps = whole_run
-    trainer = runs.start(small_config(tmp_path / "run"), [])
+    trainer = launch.start(small_config(tmp_path / "run"), [])
     left = int(part * steps)
 
     def killed(step=trainer.step):
@@ -123,7 +112,7 @@ def test_a_run_stopped_again_and_again_resumes_exactly(whole_run, tmp_path, ever
     """Stopped: by a signal, at any step, in the middle of episodes and of series of updates."""
     whole, steps = whole_run
     run_dir = tmp_path / "run"
-    trainer = runs.start(small_config(run_dir), [])
+    trainer = launch.start(small_config(run_dir), [])
     stops = 0
     while True:
         left = every if stops < 40 else steps  # 40 stops are enough
@@ -192,18 +181,22 @@ def wait_for_line(path, count):
 
 
 def test_a_longer_run_starts_from_a_finished_one(whole_run, tmp_path):
-    runs.start(small_config(tmp_path / "run"), []).run()
+    launch.start(small_config(tmp_path / "run"), []).run()
     longer = small_config(tmp_path / "run", resume=str(tmp_path / "run"), env_steps=300)
-    runs.resume(longer, ["resume", "env_steps"]).run()
-    assert history(tmp_path / "run")[: len(history(whole_run[0]))] == history(whole_run[0])
-    assert history(tmp_path / "run")[-1]["env_steps"] == 300
+    launch.resume(longer, ["resume", "env_steps"]).run()
+    # The agents' times are of a run's end, which has moved.
+    kept = [line for line in history(whole_run[0]) if line["kind"] != "times"]
+    assert history(tmp_path / "run")[: len(kept)] == kept
+    assert [line["env_steps"] for line in history(tmp_path / "run") if line["kind"] == "times"] == [
+        300
+    ]
 
 
 def test_other_settings_cannot_change_on_resume(whole_run):
     run_dir = whole_run[0]
     config = small_config(run_dir, resume=str(run_dir), seed=5)
     with pytest.raises(UserError, match="seed cannot change"):
-        runs.resume(config, ["resume", "seed"])
+        launch.resume(config, ["resume", "seed"])
 
 
 def test_two_processes_never_work_in_one_folder(tmp_path):
@@ -218,7 +211,7 @@ def test_two_processes_never_work_in_one_folder(tmp_path):
     process.communicate()
     assert len((tmp_path / "run/history.jsonl").read_text().splitlines()) >= before
     resume(tmp_path / "run")  # what a killed process left behind blocks nobody
-    with owned(tmp_path / "run"):
+    with RunFolder(tmp_path / "run").owned():
         pass
 
 
@@ -231,10 +224,10 @@ def test_one_of_two_that_start_at_once_gets_the_folder(tmp_path):
 
 
 def test_a_run_that_another_process_went_on_with_is_not_taken_back(tmp_path):
-    runs.start(small_config(tmp_path / "run", env_steps=120), []).run()
+    launch.start(small_config(tmp_path / "run", env_steps=120), []).run()
     late = resume(tmp_path / "run")
     longer = small_config(tmp_path / "run", resume=str(tmp_path / "run"), env_steps=200)
-    runs.resume(longer, ["resume", "env_steps"]).run()
+    launch.resume(longer, ["resume", "env_steps"]).run()
     with pytest.raises(UserError, match="another process went on"):
         late.run()
 
@@ -254,7 +247,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(whole_run, tmp_path, monkey
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tdmpc_prune.run_log.SummaryWriter", refused)
+    monkeypatch.setattr("tdmpc_prune.training.log.SummaryWriter", refused)
     done = run("train.py", "resume=run", "env_steps=300", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip() == "error: 'run' cannot be written: Permission denied"
@@ -262,12 +255,12 @@ def test_a_folder_that_cannot_be_written_is_one_line(whole_run, tmp_path, monkey
 
 def test_a_run_is_never_overwritten(whole_run):
     with pytest.raises(UserError, match="already holds a run"):
-        runs.start(small_config(whole_run[0]), [])
+        launch.start(small_config(whole_run[0]), [])
 
 
 def test_a_non_finite_loss_stops_the_run_with_a_saved_state(tmp_path):
     model = replace(AGENT, learning=replace(AGENT.learning, learning_rate=1e30))
-    trainer = runs.start(small_config(tmp_path / "run", model=model), [])
+    trainer = launch.start(small_config(tmp_path / "run", model=model), [])
     with pytest.raises(RunError, match=r"is inf; the state is saved in .* try a smaller"):
         trainer.run()
     tensors, *_ = final_state(tmp_path / "run")
@@ -277,7 +270,7 @@ def test_a_non_finite_loss_stops_the_run_with_a_saved_state(tmp_path):
 
 def test_a_reward_that_stays_non_finite_stops_the_run_and_none_is_saved(tmp_path):
     task = "gym:tests.synthetic:Exploding-v0"
-    trainer = runs.start(small_config(tmp_path / "run", task=task), [])
+    trainer = launch.start(small_config(tmp_path / "run", task=task), [])
     with pytest.raises(RunError, match=r"3 episodes in a row .* its reward is nan \(in step 1 of"):
         trainer.run()
     tensors, *_ = final_state(tmp_path / "run")
@@ -288,18 +281,18 @@ def test_a_reward_that_stays_non_finite_stops_the_run_and_none_is_saved(tmp_path
 def test_episodes_that_break_off_are_counted_and_resumed_exactly(tmp_path):
     """What came before is learnt from; the run goes on, and goes on exactly after a stop."""
     task = "gym:tests.synthetic:Rare-v0"
-    whole = runs.start(small_config(tmp_path / "whole", task=task), [])
+    whole = launch.start(small_config(tmp_path / "whole", task=task), [])
     whole.run()
     broken = [line for line in history(tmp_path / "whole") if line["kind"] == "broken episode"]
-    assert broken and whole.progress.broken_episodes == len(broken)
+    assert broken and whole.trainee.progress.broken_episodes == len(broken)
     assert "ValueError: the solver did not converge (in step " in broken[0]["reason"]
-    assert whole.progress.env_steps >= 200
+    assert whole.now >= 200
     stored = [line.get("length", 0) for line in history(tmp_path / "whole")]
-    assert sum(stored) == whole.progress.env_steps
-    trainer = runs.start(small_config(tmp_path / "stopped", task=task), [])
+    assert sum(stored) == whole.now
+    trainer = launch.start(small_config(tmp_path / "stopped", task=task), [])
 
     def stopped(step=trainer.step):
-        if trainer.progress.broken_episodes and trainer.episode:
+        if trainer.trainee.progress.broken_episodes and trainer.trainee.episode:
             os.kill(os.getpid(), signal.SIGTERM)
         return step()
 
@@ -311,7 +304,7 @@ def test_episodes_that_break_off_are_counted_and_resumed_exactly(tmp_path):
 
 
 def test_a_task_that_always_fails_stops_saved_and_goes_on_when_mended(tmp_path, monkeypatch):
-    trainer = runs.start(small_config(tmp_path / "run"), [])
+    trainer = launch.start(small_config(tmp_path / "run"), [])
 
     def fail(self, action):
         raise AssertionError
@@ -338,7 +331,7 @@ def test_a_failure_during_an_evaluation_does_not_end_the_run(tmp_path, monkeypat
         return whole(self, seed=seed, options=options)
 
     monkeypatch.setattr(Reach, "reset", first_evaluation_fails)
-    runs.start(small_config(tmp_path / "run"), []).run()
+    launch.start(small_config(tmp_path / "run"), []).run()
     (broken,) = [line for line in history(tmp_path / "run") if line["kind"] == "broken episode"]
     assert (
         broken["evaluation"]
@@ -349,11 +342,11 @@ def test_a_failure_during_an_evaluation_does_not_end_the_run(tmp_path, monkeypat
 def test_a_task_that_does_not_repeat_itself_is_resumed_without_the_episode(tmp_path, capsys):
     """Stopped in the middle of an episode, again and again."""
     config = small_config(tmp_path / "run", task="gym:tests.synthetic:Unrepeatable-v0")
-    trainer, stops = runs.start(config, []), 0
+    trainer, stops = launch.start(config, []), 0
     while True:
 
         def stopped(step=trainer.step, trainer=trainer, stops=stops):
-            if stops < 4 and trainer.episode and len(trainer.episode.actions) == 7:
+            if stops < 4 and trainer.trainee.episode and len(trainer.trainee.episode.actions) == 7:
                 os.kill(os.getpid(), signal.SIGTERM)
             return step()
 
@@ -366,17 +359,17 @@ def test_a_task_that_does_not_repeat_itself_is_resumed_without_the_episode(tmp_p
             trainer = resume(tmp_path / "run")
     assert stops == 4
     lines = [line for line in history(tmp_path / "run") if line["kind"] == "broken episode"]
-    assert len(lines) == trainer.progress.broken_episodes == 4
+    assert len(lines) == trainer.trainee.progress.broken_episodes == 4
     assert all("does not repeat itself" in line["reason"] for line in lines)
     assert capsys.readouterr().out.count("does not repeat itself") == 4
     lengths = [line.get("length", 0) for line in history(tmp_path / "run")]
-    assert sum(lengths) == trainer.progress.env_steps >= 200  # what was played is kept
+    assert sum(lengths) == trainer.now >= 200  # what was played is kept
     assert 8 in lengths or 7 in lengths
 
 
 def test_episodes_of_one_decision(tmp_path):
     """The shortest there are: terminated at once."""
     config = small_config(tmp_path / "run", task="gym:tests.synthetic:OneStep-v0")
-    evaluation = runs.start(replace(config, env_steps=120), []).run()
+    evaluation = launch.start(replace(config, env_steps=120), []).run()
     assert len(evaluation.returns) == 2
     assert final_state(tmp_path / "run")[1]["episodes"] == 120

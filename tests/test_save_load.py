@@ -14,11 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdmpc_prune import runs
+from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.checkpoint import SavedAgent, checkpoint_dir, load_agent, save_agent
-from tdmpc_prune.components import component_parameters
 from tdmpc_prune.errors import RunError, UserError
+from tdmpc_prune.prunable import component_parameters
+from tdmpc_prune.saving.agents import load_agent, save_agent
+from tdmpc_prune.saving.run_folder import checkpoint_dir
+from tdmpc_prune.training import launch
 from tests.small import AGENT, small_config
 
 width = st.integers(1, 9)
@@ -42,7 +44,7 @@ def test_any_widths_come_back(tmp_path_factory, widths):
     folder = tmp_path_factory.mktemp("agent")
     model = WorldModel(widths)
     assert model.widths == widths
-    save_agent(folder / "agent", SavedAgent(model, AGENT, "cartpole-swingup", 8, {"seed": 3}))
+    save_agent(folder / "agent", Agent(model, AGENT, "cartpole-swingup", 8, {"seed": 3}))
     loaded = load_agent(folder / "agent")
     assert loaded.model.widths == widths
     assert loaded.config == AGENT
@@ -77,7 +79,7 @@ def test_every_parameter_belongs_to_one_component():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("run") / "run"
-    runs.start(small_config(run_dir, env_steps=80), []).run()
+    launch.start(small_config(run_dir, env_steps=80), []).run()
     return run_dir
 
 
@@ -107,7 +109,7 @@ def test_damage_is_refused_by_name(copy, file, damage):
     else:
         path.unlink()
     with pytest.raises(UserError) as error:
-        runs.resume(small_config(copy, resume=str(copy)), ["resume"])
+        launch.resume(small_config(copy, resume=str(copy)), ["resume"])
     assert file in str(error.value)
 
 
@@ -147,16 +149,16 @@ def test_a_wrong_level_says_what_can_be_given(copy):
             load_agent(wrong)
         assert re.search(rf"there (is|are) .*{re.escape(str(right))}\b", str(error.value))
     with pytest.raises(UserError, match=rf"it lies in {copy}"):
-        runs.resume(small_config(copy, resume=str(newest)), ["resume"])
+        launch.resume(small_config(copy, resume=str(newest)), ["resume"])
     with pytest.raises(UserError, match=rf"there is {copy}"):
-        runs.resume(small_config(copy, resume=str(copy.parent)), ["resume"])
+        launch.resume(small_config(copy, resume=str(copy.parent)), ["resume"])
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
 def test_files_can_be_read_by_whom_the_umask_lets(tmp_path, mask):
     before = os.umask(mask)
     try:
-        runs.start(small_config(tmp_path / "run", env_steps=60), []).run()
+        launch.start(small_config(tmp_path / "run", env_steps=60), []).run()
     finally:
         os.umask(before)
     for path in (tmp_path / "run").rglob("*"):
@@ -167,8 +169,13 @@ def test_files_can_be_read_by_whom_the_umask_lets(tmp_path, mask):
 def test_a_crash_during_a_save_leaves_the_checkpoint_before(copy, monkeypatch):
     """At each file that is written, and at the renaming."""
     whole = load_agent(copy).model.state_dict()
-    trainer = runs.resume(small_config(copy, resume=str(copy)), ["resume"])
-    for function in ("write_json", "save_tensors", "_flush", "os.replace"):
+    trainer = launch.resume(small_config(copy, resume=str(copy)), ["resume"])
+    for function in (
+        "run_folder.write_json",
+        "run_folder.save_tensors",
+        "files._flush",
+        "files.os.replace",
+    ):
         calls = 0
 
         def crash(*_, **__):
@@ -177,7 +184,7 @@ def test_a_crash_during_a_save_leaves_the_checkpoint_before(copy, monkeypatch):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(f"tdmpc_prune.checkpoint.{function}", crash)
+            patch.setattr(f"tdmpc_prune.saving.{function}", crash)
             trainer.save()
         assert calls == 1
         again = load_agent(copy).model.state_dict()
@@ -191,10 +198,10 @@ def test_a_full_disk_loses_no_earlier_checkpoint(copy):
     before = checkpoint_dir(copy)
     script = (
         "import resource, signal, sys\n"
-        "from tdmpc_prune import runs\n"
+        "from tdmpc_prune.training import launch\n"
         "from tests.small import small_config\n"
         f"config = small_config({str(copy)!r}, resume={str(copy)!r})\n"
-        "trainer = runs.resume(config, ['resume'])\n"
+        "trainer = launch.resume(config, ['resume'])\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
         "try:\n    trainer.save()\n"

@@ -7,13 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdmpc_prune import autoencoder_training, runs, sensitivity
-from tdmpc_prune.pruning.config import PruneConfig
-from tdmpc_prune.sensitivity import RANDOM, RANKED, Loss, Removal
-from tdmpc_prune.subject import Score
+from tdmpc_prune.analysis import sensitivity
+from tdmpc_prune.analysis.sensitivity import RANDOM, RANKED, Loss, Removal
+from tdmpc_prune.analysis.subject import Score
 from tests.commands import run
-from tests.small import small_config
-from tests.test_autoencoder import small as autoencoder_config
 
 
 @given(
@@ -62,20 +59,13 @@ def test_within_their_group_the_groups_do_not_matter():
     assert correlations["pieces within their group"].rho == pytest.approx(-1.0)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A tiny autoencoder and a tiny agent."""
-    folder = tmp_path_factory.mktemp("trained")
-    config = autoencoder_config(folder / "autoencoder", prune=PruneConfig(), updates=150)
-    autoencoder_training.start(config, []).run()
-    runs.start(small_config(folder / "agent"), []).run()
-    return folder
-
-
 @pytest.mark.parametrize("kind", ["autoencoder", "agent"])
 def test_as_typed(trained, tmp_path, kind):
     arguments = [f"checkpoint={trained / kind}", "fractions=[0.5]", "episodes=1", "out=s"]
     arguments += ["prune.gather_updates=3", f"processes={2 if kind == 'agent' else 1}"]
+    if kind == "agent":  # one group of every component; the autoencoder's are all measured
+        own = "dynamics.0,reward.0,policy.0,q_ensemble.0.0"
+        arguments.append(f"groups=[encoder.0,'encoder.2+dynamics.4',{own}]")
     done = run("sensitivity.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.json", "s.md", "s.png"]

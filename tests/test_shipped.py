@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tdmpc_prune import playing
-from tdmpc_prune.agent_report import CARD
-from tdmpc_prune.checkpoint import load_agent, load_parent
+from tdmpc_prune.deploy import playing
+from tdmpc_prune.deploy.card import CARD
+from tdmpc_prune.saving.agents import load_agent, load_parent
 
 FOLDER = Path(__file__).parents[1] / "checkpoints"
 SHIPPED = sorted(path.parent.name for path in FOLDER.glob("*/agent.json"))

@@ -12,8 +12,10 @@ from tdmpc_prune.agent.config import PRESETS
 from tdmpc_prune.agent.learner import Learner
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.benchmark import _filled_replay
+from tdmpc_prune.deploy.benchmark import _filled_replay
 from tests.reference import PlainLearner, plan_one
+
+pytestmark = pytest.mark.xdist_group("timing")
 
 
 def ratio(plain, fast, repeats=9):
@@ -34,7 +36,7 @@ def ratio(plain, fast, repeats=9):
 def test_not_slower_than_the_plain_implementation(preset):
     """Slow: seconds per call at paper size. Prints the ratios (-s)."""
     torch.set_num_threads(1)
-    config = PRESETS[preset]
+    config = PRESETS[preset].value
     generator = torch.Generator().manual_seed(0)
     model = WorldModel(Widths.dense(config.network, 5, 1), generator)
     other = copy.deepcopy(model)

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from scipy.stats import beta
 
 from envs import TaskError, disturb, make_env
-from tdmpc_prune import runs, stability
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.checkpoint import load_agent
-from tdmpc_prune.config import StabilityConfig
-from tdmpc_prune.stability import Episodes, Judged, Rate, Stability, Target
+from tdmpc_prune.analysis import stability, stability_report
+from tdmpc_prune.analysis.config import StabilityConfig
+from tdmpc_prune.analysis.stability import Episodes, Judged, Rate, Stability, Target
+from tdmpc_prune.saving.agents import load_agent
+from tdmpc_prune.training import launch
 from tests.commands import run
-from tests.small import pruning_config, small_config
+from tests.small import small_config
 
 REACH = "gym:tests.synthetic:Reach-v0"
 
@@ -113,10 +114,10 @@ def test_a_reference_that_knows_too_little_is_doubted():
     )
     target = Target(10.0, 1.0, 5, 20)
     found = Stability("r", target, (dense, later), dense, {})
-    assert "step-4: the return is not less" in stability.text(found, StabilityConfig("any"))
+    assert "step-4: the return is not less" in stability_report.text(found, StabilityConfig("any"))
     worse = replace(later, mean_return=700.0)
     found = Stability("r", target, (dense, worse), dense, {})
-    assert "reference=" not in stability.text(found, StabilityConfig("any"))
+    assert "reference=" not in stability_report.text(found, StabilityConfig("any"))
 
 
 def test_a_reference_that_returns_less_is_named():
@@ -127,13 +128,14 @@ def test_a_reference_that_returns_less_is_named():
     )
     found = Stability("r", Target(10.0, 1.0, 5, 20), (dense, later), later, {})
     config = StabilityConfig("any", episodes=40)
-    assert "the dense reference returns 219.0, less than step-4 (up to 800.0)" in stability.text(
-        found, config
+    assert (
+        "the dense reference returns 219.0, less than step-4 (up to 800.0)"
+        in stability_report.text(found, config)
     )
-    names = stability.certificate(found, config)["return_more_than_the_reference"]
+    names = stability_report.certificate(found, config)["return_more_than_the_reference"]
     assert names == ["step-4"]
     alike = replace(found, judged=(dense, replace(later, mean_return=225.0)))
-    assert "returns 219.0, less" not in stability.text(alike, config)
+    assert "returns 219.0, less" not in stability_report.text(alike, config)
 
 
 @settings(max_examples=50, deadline=None)
@@ -161,10 +163,10 @@ def test_the_boundary_is_the_sparsest_that_is_safe(safe):
 def test_the_verdict_names_what_is_not_safe_below_the_boundary():
     agents = tuple(judged(n, s, safe) for n, s, safe in (("dense", 0.0, True), ("a", 0.2, False)))
     found = Stability("r", Target(1.0, 0.1, 2, 9), agents, agents[0], {})
-    assert "none of the cuts is safe" in stability.verdict(found, StabilityConfig("any"))
+    assert "none of the cuts is safe" in stability_report.verdict(found, StabilityConfig("any"))
     more = (*agents, judged("b", 0.5, True))
     found = Stability("r", Target(1.0, 0.1, 2, 9), more, more[2], {})
-    words = stability.verdict(found, StabilityConfig("any"))
+    words = stability_report.verdict(found, StabilityConfig("any"))
     assert "sparsity 0.500 ('b')" in words and words.endswith("safe below it: a")
 
 
@@ -227,11 +229,9 @@ def test_a_heavier_pole_moves_otherwise_and_only_there():
 # --- As typed --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def pruned(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stability") / "pruned"
-    runs.start(pruning_config(folder), []).run()
-    return folder
+@pytest.fixture
+def pruned(pruned_run):
+    return pruned_run[0]
 
 
 def test_a_whole_pruning_run_is_certified(pruned, tmp_path):
@@ -256,7 +256,7 @@ def test_a_whole_pruning_run_is_certified(pruned, tmp_path):
 
 def test_one_agent_with_a_reference_of_its_own_and_disturbances(pruned, tmp_path):
     other = tmp_path / "other"
-    runs.start(replace(small_config(other), seed=2), []).run()
+    launch.start(replace(small_config(other), seed=2), []).run()
     arguments = [f"checkpoint=[{pruned}/agents/step-3]", f"reference={other}", "episodes=3"]
     arguments.append("probability=0.2")  # three of three show no more
     done = run("stability.py", *arguments, "disturb.observation_noise=0.3", cwd=tmp_path)

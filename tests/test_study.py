@@ -16,11 +16,11 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdmpc_prune import study, study_report
-from tdmpc_prune.checkpoint import load_agent
-from tdmpc_prune.config import ARMS, STUDIES, StudyCommand
+from tdmpc_prune.analysis import study, study_pictures, study_report
+from tdmpc_prune.analysis.config import ARMS, STUDIES, StudyCommand
+from tdmpc_prune.analysis.study_report import Result
 from tdmpc_prune.errors import RunError, UserError
-from tdmpc_prune.study_report import Result
+from tdmpc_prune.saving.agents import load_agent
 from tests.commands import ROOT, run
 from tests.small import AGENT
 
@@ -45,13 +45,13 @@ TINY = [
 
 
 def config(tmp_path, **changes):
-    small = replace(STUDIES["quick"], model=AGENT, tasks=["gym:tests.synthetic:Reach-v0"])
+    small = replace(STUDIES["quick"].value, model=AGENT, tasks=["gym:tests.synthetic:Reach-v0"])
     small = replace(small, start_env_steps=100, env_steps=40, eval_every=20, episodes=2)
     return replace(small, seeds=[1], sparsities=[0.5], out=str(tmp_path / "out"), **changes)
 
 
 def test_jobs_are_the_product_and_every_folder_is_its_own():
-    full = STUDIES["full"]
+    full = STUDIES["full"].value
     starts, arms = study.jobs(full)
     assert len(starts) == len(full.tasks) * len(full.seeds)
     cut = len(full.arms) - 1  # all but dense have a run for every sparsity
@@ -60,7 +60,7 @@ def test_jobs_are_the_product_and_every_folder_is_its_own():
     assert len(set(folders)) == len(folders)
 
 
-def test_every_arm_runs_and_only_once(tmp_path):
+def test_every_arm_runs_and_only_once(tmp_path, undrawn):
     arms = ["dense", "small from scratch", "re-initialised", "magnitude", "coefficients"]
     tiny = config(tmp_path, arms=arms)
     for job in study.all_jobs(tiny):
@@ -105,14 +105,14 @@ def test_a_job_that_fails_is_tried_twice_and_never_dropped(tmp_path, monkeypatch
 
     monkeypatch.setattr(study, "_run_arm", explode)
     rounds = []
-    for override in study.sweeps(StudyCommand(tiny)):
+    for override, _ in study.sweeps(StudyCommand(tiny)):
         numbers = [int(number) for number in override.removeprefix("job=").split(",")]
         rounds.append(numbers)
         for number in numbers:
             study.run_job(tiny, study.all_jobs(tiny)[number])
     assert rounds == [[0], [1, 2], [1, 2]]
     with pytest.raises(Exception, match=r"2 jobs have no result: .*magnitude at 0.5, seed 1"):
-        study.conclude(StudyCommand(tiny))
+        list(study.conclude(StudyCommand(tiny)))
     failures = study.all_jobs(tiny)[1].folder(tiny.out) / "failures.txt"
     assert failures.read_text().count("ValueError: it is broken\n") == 2
 
@@ -121,12 +121,12 @@ def test_arms_wait_for_their_dense_agent(tmp_path, monkeypatch):
     tiny = config(tmp_path, arms=["dense", "magnitude"])
     monkeypatch.setattr(study, "_run_start", lambda *_: 1 / 0)
     rounds = []
-    for override in study.sweeps(StudyCommand(tiny)):
+    for override, _ in study.sweeps(StudyCommand(tiny)):
         rounds.append(override)
         study.run_job(tiny, study.all_jobs(tiny)[0])
     assert rounds == ["job=0", "job=0"]
     with pytest.raises(RunError, match=r"3 jobs have no result: .*start, seed 1'"):
-        study.conclude(StudyCommand(tiny))
+        list(study.conclude(StudyCommand(tiny)))
 
 
 def test_a_job_that_another_process_runs_is_left_to_it(tmp_path, monkeypatch):
@@ -166,7 +166,7 @@ def test_a_folder_with_results_of_other_settings_is_refused(tmp_path):
 
 
 def test_a_killed_study_goes_on_where_it_was(tmp_path):
-    arguments = [*TINY, "study=quick", "study.arms=[dense]", "study.start_env_steps=4000"]
+    arguments = [*TINY, "study=quick", "study.arms=[dense]", "study.start_env_steps=1200"]
     command = [sys.executable, str(ROOT / "scripts" / "study.py"), *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
@@ -177,11 +177,11 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) != 0
     before = _env_steps_of_episodes(history.parent)
-    assert len(before) < 200 and not (history.parent / "failures.txt").exists()
+    assert len(before) < 60 and not (history.parent / "failures.txt").exists()
     done = run("study.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     after = _env_steps_of_episodes(history.parent)
-    assert after[: len(before)] == before and after == [20 * (i + 1) for i in range(200)]
+    assert after[: len(before)] == before and after == [20 * (i + 1) for i in range(60)]
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "ray"])
@@ -299,7 +299,7 @@ def test_tables_are_of_the_csv_and_no_run_is_left_out(tmp_path):
     over_all = study_report.tables(results + other).split("**All tasks")[1]
     assert "; without magnitude, random, for lack of runs**" in over_all
     assert [row[:2] for row in rows_of(over_all) if row[0] in ARMS] == [["bayesian", "6"]]
-    pictures = study_report.pictures(results)
+    pictures = study_pictures.pictures(results)
     assert all(image.startswith(b"\x89PNG") for image in pictures.values())
 
 
@@ -320,7 +320,7 @@ def test_what_improves_on_what():
 
 
 def test_a_share_of_a_negative_return_is_more_when_it_is_better():
-    share = study_report._READINGS["end"]
+    share = study_report.READINGS["end"]
     assert share(result("random", 1, -50.0, before=-100.0)) == 1.5
     assert share(result("random", 1, -200.0, before=-100.0)) == 0
     with pytest.raises(UserError, match="returns 0: nothing to compare"):
@@ -329,7 +329,7 @@ def test_a_share_of_a_negative_return_is_more_when_it_is_better():
 
 def test_the_picture_shows_the_share_of_runs_that_came_back():
     results = [result("random", s, 9.0, recovery=None if s > 1 else 100) for s in range(1, 6)]
-    figure = study_report._against_sparsity(results)
+    figure = study_pictures._against_sparsity(results)
     (axis,) = [axis for axis in figure.axes if "share of runs" in axis.get_title()]
     assert axis.get_lines()[0].get_ydata().tolist() == [0.2]
 

@@ -17,12 +17,15 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from tdmpc_prune import playing
+from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.config import AgentConfig, PlannerConfig
 from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.checkpoint import SavedAgent, load_agent, save_agent
-from tdmpc_prune.playing import Frame, _texts
+from tdmpc_prune.deploy import playing
+from tdmpc_prune.deploy.playing import Frame, _texts
+from tdmpc_prune.saving.agents import load_agent, save_agent
 from tests.commands import ROOT, run
+
+pytestmark = pytest.mark.xdist_group("viewer")
 
 needs_xvfb = pytest.mark.skipif(
     not (shutil.which("Xvfb") and sys.platform == "linux"), reason="Xvfb is not installed"
@@ -42,7 +45,7 @@ def agents(tmp_path_factory):
     ):
         widths = Widths(observation, 1, 4, (8,), (8, 8), (8, 8), (8, 8), ((8, 8),))
         model = WorldModel(widths, torch.Generator().manual_seed(0))
-        agent = SavedAgent(model, AgentConfig(planner=PLANNER), task, repeat, provenance)
+        agent = Agent(model, AgentConfig(planner=PLANNER), task, repeat, provenance)
         save_agent(folder / name, agent)
     return folder
 

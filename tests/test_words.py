@@ -48,7 +48,7 @@ def test_wide_tables_are_narrowed_and_nothing_is_lost():
     assert narrowed(many).count("\n") > 3  # ugly, but there
 
 
-def test_a_log_tells_the_run(tmp_path):
+def test_a_log_tells_the_run(tmp_path, undrawn):
     """Where stderr is no terminal there is no bar, and lines for all that happens."""
     done = run("train.py", *SMALL, *PRUNE, "run_dir=r", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tdmpc_prune.settings import require, setting
+from tdmpc_prune.settings import Choice, require, setting
 
 
 @dataclass(frozen=True)
@@ -147,10 +147,13 @@ class AgentConfig:
 
 
 PRESETS = {
-    "default": AgentConfig(),
-    "paper": AgentConfig(
-        network=NetworkConfig(encoder_width=256, latent_width=50, hidden_width=512, q_members=2),
-        planner=PlannerConfig(samples=512, elites=64, schedule_decisions=25_000),
-        learning=LearningConfig(seed_decisions=5_000, batch=512),
+    "default": Choice(AgentConfig(), "128 wide, 256 samples: for one CPU core"),
+    "paper": Choice(
+        AgentConfig(
+            NetworkConfig(encoder_width=256, latent_width=50, hidden_width=512, q_members=2),
+            PlannerConfig(samples=512, elites=64, schedule_decisions=25_000),
+            LearningConfig(seed_decisions=5_000, batch=512),
+        ),
+        "as published, 512 wide and 512 samples",
     ),
 }

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,18 +20,10 @@ from torch import Tensor, nn
 from tdmpc_prune.agent.config import LearningConfig, PlannerConfig
 from tdmpc_prune.agent.replay import Batch
 from tdmpc_prune.agent.world_model import WorldModel
+from tdmpc_prune.errors import NonFiniteLoss
+from tdmpc_prune.prunable import GradientHook
 
 _LARGEST_LOSS = 1e4  # each loss term of a sequence, and its priority, is cut off here
-
-GradientHook = Callable[[str, Sequence[tuple[str, nn.Parameter]]], None]
-
-
-class NonFiniteLoss(ArithmeticError):
-    """A loss term or gradient is infinite or not a number; nothing was changed by its update."""
-
-    def __init__(self, term: str, value: float):
-        super().__init__(f"the {term} is {value}")
-        self.term = term
 
 
 @dataclass(frozen=True)

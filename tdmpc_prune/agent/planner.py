@@ -32,7 +32,7 @@ class PlannerNoise:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Decision:
     """What the planner decided."""
 
     actions: Tensor  # [E, A] in [-1, 1]: execute these
@@ -84,7 +84,7 @@ def plan(
     discount: float,
     min_std: float | Tensor | None = None,
     explore: bool = False,
-) -> Plan:
+) -> Decision:
     """One decision for each environment.
 
     Args:
@@ -149,7 +149,7 @@ def plan(
         action = (action + std[0] * noise.exploration).clamp(-1, 1)
     rest = previous_means.new_zeros(len(previous_means) - horizon, *mean.shape[1:])
     value = elite_values.mean(1)
-    return Plan(action, torch.cat([mean, rest]), std[0], value, all_values, scores)
+    return Decision(action, torch.cat([mean, rest]), std[0], value, all_values, scores)
 
 
 def drawn(cumulative: Tensor, choice: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def drawn(cumulative: Tensor, choice: Tensor) -> Tensor:
     return (cumulative < choice.unsqueeze(1)).sum(1).clamp(max=cumulative.shape[1] - 1)
 
 
-def margins(decision: Plan, choice: Tensor) -> tuple[Tensor, Tensor]:
+def margins(decision: Decision, choice: Tensor) -> tuple[Tensor, Tensor]:
     """How far a decision is from the ties at which it would jump to another one.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tdmpc_prune.agent.config import NetworkConfig
-from tdmpc_prune.components import tag
+from tdmpc_prune.prunable import tag
 
 
 @dataclass(frozen=True)

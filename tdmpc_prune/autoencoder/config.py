@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tdmpc_prune.settings import require, setting
+from tdmpc_prune.settings import Choice, require, setting
 
 KINDS = ("convolutional", "connected")
+
 DATA = ("digits", "mnist")
 
 
@@ -19,6 +20,12 @@ class DataConfig:
 
     def __post_init__(self):
         require(self.name in DATA, f"data={self.name} must be one of {', '.join(DATA)}")
+
+
+IMAGES = {
+    "digits": Choice(DataConfig("digits"), "8 × 8, ship with scikit-learn"),
+    "mnist": Choice(DataConfig("mnist"), "28 × 28, from data.dir"),
+}
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdmpc_prune.autoencoder.model import Autoencoder
+from tdmpc_prune.errors import NonFiniteLoss
+from tdmpc_prune.prunable import GradientHook
 
 _LOSS = "reconstruction_loss"
 
@@ -22,7 +24,7 @@ class AutoencoderLearner:
 
     def __init__(self, model: Autoencoder, learning_rate: float):
         self.model = model
-        self.gradient_hooks: list[Callable] = []
+        self.gradient_hooks: list[GradientHook] = []
         self.updates = 0
         self._named = list(model.named_parameters())
         optimiser = torch.optim.Adam([p for _, p in self._named], lr=learning_rate, fused=True)
@@ -32,16 +34,24 @@ class AutoencoderLearner:
         """One update on images `[B, 1, H, W]`; returns the loss.
 
         `learn=False` changes nothing: only the hooks see the gradients.
+
+        Raises:
+            NonFiniteLoss: before any weight has changed by it.
         """
         self.optimisers[_LOSS].zero_grad()
         loss = F.mse_loss(self.model(images), images)
         loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for _, p in self._named])
+        value = loss.item()
+        for term, found in (("reconstruction loss", value), ("gradient norm", norm.item())):
+            if not math.isfinite(found):
+                raise NonFiniteLoss(term, found)
         for hook in self.gradient_hooks:
             hook(_LOSS, self._named)
         if learn:
             self.optimisers[_LOSS].step()
             self.updates += 1
-        return loss.item()
+        return value
 
     def state(self) -> dict[str, Tensor]:
         """The optimiser's moments, by the names of their parameters."""

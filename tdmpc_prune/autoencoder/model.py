@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tdmpc_prune.components import tag
+from tdmpc_prune.autoencoder.config import NetworkConfig
+from tdmpc_prune.prunable import tag
 
 _STRIDE = 2  # of every convolution, which halves the sides
 
@@ -27,6 +28,18 @@ class Widths:
     encoder: tuple[int, ...]  # channels or hidden units, first layer first
     latent: int
     decoder: tuple[int, ...]  # likewise, in the decoder's order
+
+    @staticmethod
+    def dense(network: NetworkConfig, height: int, width: int) -> Widths:
+        """The widths of an autoencoder that nothing has been cut from, for such images."""
+        return Widths(
+            network.kind == "convolutional",
+            height,
+            width,
+            tuple(network.widths),
+            network.latent_width,
+            tuple(reversed(network.widths)),
+        )
 
     @staticmethod
     def of_weights(like: Widths, weights: Mapping[str, Tensor]) -> Widths:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tdmpc_prune.settings import Idle, among, require, setting
+from tdmpc_prune.settings import Choice, Idle, among, require, setting
 
 GRADIENT_METRICS = ("bayesian", "fisher", "fisher_increase", "gradient", "taylor")
+
 METRICS = (*GRADIENT_METRICS, "magnitude", "random")
+
 SHAPES = ("cosine", "linear", "cubic")
+
 ALLOCATIONS = ("global", "balanced", "uniform")
+
 _OF_PLANS = (  # what a plan on file has decided
     *("sparsity", "start", "end", "steps", "shape", "allocation"),
     *("min_width", "min_widths", "round_to", "budgets", "protect"),
@@ -108,7 +112,34 @@ class PruneConfig:
             return Idle(gathered[2], f"with prune={self.method} and prune.compare=false")
         return None
 
+    def clipped(self, given: Sequence[str], eval_episodes: int) -> Idle | None:
+        """Episodes around a cut, if given, that are more than an evaluation has."""
+        if "prune.eval_episodes" in given and self.eval_episodes > eval_episodes:
+            return Idle(
+                "prune.eval_episodes",
+                f"above eval_episodes={eval_episodes}",
+                f"eval_episodes={self.eval_episodes}",
+            )
+        return None
+
     @property
     def tracked(self) -> tuple[str, ...]:
         """The metrics that are computed."""
         return METRICS if self.compare else (self.method,)
+
+
+_MEANINGS = {
+    "bayesian": "upper credible bound of the energy of gradient × weight",
+    "fisher": "squared gradients",
+    "fisher_increase": "squared gradient × weight: what a removal would change",
+    "gradient": "absolute gradients",
+    "taylor": "absolute gradient × weight",
+    "magnitude": "norm of the weights",
+    "random": "chance, to compare with",
+}
+
+_RANKINGS = {name: Choice(PruneConfig(name), text) for name, text in _MEANINGS.items()}
+
+# Where a network may also stay dense, and where something has to rank its units.
+METHODS = {"none": Choice(PruneConfig(), "nothing is cut, the networks stay dense"), **_RANKINGS}
+RANKINGS = {**_RANKINGS, "none": Choice(PruneConfig(), None)}

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from tdmpc_prune.pruning.config import PruneConfig
-from tdmpc_prune.pruning.groups import Structure
 from tdmpc_prune.pruning.schedule import shape_at
+from tdmpc_prune.pruning.structure import Structure
 
 _STATISTICS = ("gradient", "squared gradient", "taylor", "squared taylor")
 _STATISTIC_OF = {

@@ -15,19 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.pruning.groups import Structure, difference, find_groups, numbers_at, size_of
+from tdmpc_prune.prunable import Computation
+from tdmpc_prune.pruning.groups import groups_left
+from tdmpc_prune.pruning.numbers import difference, numbers_at
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.sizes import attribute_sizes
-from tdmpc_prune.pruning.tracing import (
-    Computation,
-    in_one_line,
-    numbers_in,
-    owners,
-    without_data,
-)
+from tdmpc_prune.pruning.structure import Structure, size_of
+from tdmpc_prune.pruning.ties import Number
+from tdmpc_prune.pruning.tracing import in_one_line, numbers_in, owners, without_data
 
 
 class SurgeryError(RuntimeError):
@@ -71,7 +69,7 @@ def commit(
         dropped = _dropped_indices(plan, structure)
         cuts = {id(places[at][1]): (f"'{at[1]}'", dims) for at, dims in dropped.items()}
         moments = list(_cut_moments(optimisers, cuts))
-        numbers = numbers_in(computation, without_data(computation.networks))  # as they are now
+        uncut = without_data(computation.networks)
         modules = list({id(module): module for module, _ in places.values()}.values())
         sizes = [attribute_sizes(module) for module in modules]
         for place, dims in dropped.items():
@@ -88,13 +86,12 @@ def commit(
             norm = computation.networks[network].get_submodule(path)
             shape = (*norm.normalized_shape[:-1], size_of(width, after))
             cut.put(norm.__dict__, "normalized_shape", shape)
-        left = find_groups(computation)
+        left = groups_left(computation, structure, dropped)
         # One channel that is left alone is a width of 1, and no group any more.
         same = all(left.widths.get(name, 1) == width for name, width in after.items())
         if not same or not set(left.widths) <= set(after):
             raise SurgeryError(f"the cut left the widths {left.widths} instead of {after}")
-        again = partial(numbers_in, computation, without_data(computation.networks))
-        if changed := difference(numbers, left.numbers, again):
+        if changed := _changed(computation, structure, left, uncut):
             raise SurgeryError(f"the cut network computes another function: {changed}")
     except BaseException as error:
         cut.undo()
@@ -108,6 +105,27 @@ def commit(
             f"{groups or 'the network'} cannot be cut, and nothing was: {what}"
         ) from error
     return left
+
+
+def _changed(
+    computation: Computation, before: Structure, left: Structure, uncut: dict[str, nn.Module]
+) -> str:
+    """How a cut changed the numbers that enter the arithmetic, for people; "" if it did not.
+
+    Args:
+        computation: as it is now.
+        before: its groups before the cut; what the program has set since (a temperature) is in
+            `uncut` alone.
+        left: its groups now.
+        uncut: copies without data of the networks before the cut.
+    """
+
+    def again() -> tuple[Number, ...]:
+        return numbers_in(computation, without_data(computation.networks))
+
+    if not difference(before.numbers, left.numbers, again):
+        return ""
+    return difference(numbers_in(computation, uncut), left.numbers, again)
 
 
 def _to_blame(plan: Plan, structure: Structure, computation: Computation) -> list[str]:
