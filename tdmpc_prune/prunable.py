@@ -7,8 +7,8 @@ attribute `component`. Nothing here knows what the components do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -77,3 +77,56 @@ class Learner(Protocol):
 
     def state(self) -> dict[str, Tensor]:
         """All that it needs to go on, but the model's weights."""
+
+
+# Layer → the output channels of the whole network's that are left, ascending.
+Channels = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the computation whose layers are fitted one after another.
+
+    Attributes:
+        layers: names of modules of the counted network, in the order of computation. Those of one
+            tuple do not read each other, and are fitted from the same run.
+        run: what is computed, with the whole network (its layers' outputs are the targets) and
+            with the cut one (its layers' inputs are what the fit has). It gets the network, a
+            batch, and the channels that the network has left, by which a stage hands the cut
+            network what the whole one computed (teacher forcing). What it returns is not used.
+        targets: layer → function of the whole network's outputs `[rows, outputs]` that returns the
+            targets, of the same shape, and the weight of each row `[rows]`.
+    """
+
+    layers: tuple[tuple[str, ...], ...]
+    run: Callable[[nn.Module, Any, Channels], Any]
+    targets: Mapping[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """On which data, and in which order, a cut network's layers are fitted to the whole one's.
+
+    Attributes:
+        batches: whole network → batches, the same each time they are iterated over, at least two:
+            every fifth is held out and judges the fits. What the batches hold is known to the
+            stages alone.
+        stages: in the order of computation; a layer is fitted in one of them.
+        sensitivity: (whole network, batch) → a scalar whose gradient says what of the outputs
+            matters: a sum, with random signs, of whatever the network is used for, so that the
+            squared gradients add up. None: all outputs of all layers matter alike.
+    """
+
+    batches: Callable[[nn.Module], Iterable[Any]]
+    stages: tuple[Stage, ...]
+    sensitivity: Callable[[nn.Module, Any], Tensor] | None = None
+
+    def only(self, wanted: Callable[[str], bool]) -> Calibration:
+        """The same for the layers that are `wanted`, by their names."""
+        stages = []
+        for stage in self.stages:
+            waves = (tuple(filter(wanted, wave)) for wave in stage.layers)
+            layers = tuple(wave for wave in waves if wave)
+            if layers:
+                stages.append(replace(stage, layers=layers))
+        return replace(self, stages=tuple(stages))

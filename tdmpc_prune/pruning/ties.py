@@ -126,6 +126,7 @@ class Ties:
         running: which module runs.
         reason: what ties now, for people.
         counting: whether products are counted.
+        axes: of all parameters and buffers.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], running: Running):
@@ -146,7 +147,7 @@ class Ties:
         self._used: set[int] = set()
         self._macs: dict[tuple, Count] = {}
         self._bare_norms: dict[tuple[str, str], np.ndarray] = {}
-        self._axes: list[Axis] = []
+        self.axes: list[Axis] = []
         self._parameters: list[Count] = []
         self._parameter_names: dict[int, str] = {}
         self._counted = next(iter(networks), "")
@@ -165,7 +166,7 @@ class Ties:
                 name = f"{path}.{name}" if path else name
                 labels = tuple(self._new_nodes(size) for size in tensor.shape)
                 self._labels[id(tensor)] = (tensor, labels)
-                self._axes += [
+                self.axes += [
                     Axis(network, name, dim, nodes)
                     for dim, nodes in enumerate(labels)
                     if nodes is not None
@@ -270,7 +271,7 @@ class Ties:
         other = np.concatenate([tie[1] for tie in ties] or [np.zeros(0, int)])
         classes = self._classes(one, other)
         return Trace(
-            axes=tuple(self._axes),
+            axes=tuple(self.axes),
             classes=classes,
             written=frozenset(self._written),
             parameters=tuple(self._parameters),
@@ -298,7 +299,7 @@ class Ties:
             for number in np.unique(among[nodes]).tolist():
                 why.setdefault(number, text)
         seen: set[str] = set()
-        for axis in self._axes:
+        for axis in self.axes:
             layer = axis.tensor.rpartition(".")[0]
             written = axis.network == self._counted and int(axis.nodes[0]) in self._written
             outside = (classes[axis.nodes] == classes[OUTSIDE]).all()

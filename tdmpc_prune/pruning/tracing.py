@@ -44,7 +44,7 @@ def trace(computation: Computation) -> Trace:
     running = Running(networks)
     ties = Ties(networks, running)
     watcher = Watcher(running, ties)
-    with _watching(watcher):
+    with watching(watcher):
         ties.leaves(computation.run(networks))
         numbers = tuple(watcher.numbers)
         if computation.cost is not None:
@@ -60,13 +60,13 @@ def numbers_in(computation: Computation, networks: dict[str, nn.Module]) -> tupl
         UserError: the computation does not run on them, and in which module.
     """
     watcher = Watcher(Running(networks))
-    with _watching(watcher):
+    with watching(watcher):
         computation.run(networks)
     return tuple(watcher.numbers)
 
 
 @contextmanager
-def _watching(watcher: Watcher) -> Iterator[None]:
+def watching(watcher: Watcher) -> Iterator[None]:
     """Watch what is run, leave nothing behind, and say where it could not go on."""
     validated = Distribution._validate_args  # it would look at values, and there are none
     Distribution.set_default_validate_args(False)

@@ -1,0 +1,169 @@
+"""Offline training of a cut agent against the whole one: no environment step, no reward (ours).
+
+The student follows the teacher's open-loop latents, rewards, values and actions along the sequences
+of a pool, gradients flowing through its own rollout. Each error is over the variance of what is to
+be met. The student's latent channels are some of the teacher's.
+
+Shapes as in `calibration`; Q members, D the student's latent width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tdmpc_prune.agent.calibration import Pool, lessons, roll_out
+from tdmpc_prune.agent.world_model import WorldModel
+from tdmpc_prune.errors import NonFiniteLoss
+
+_CLIP = 10.0  # largest norm of a gradient
+_LAST_RATE = 0.02  # share of the first rate at which the cosine ends
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What a teacher computes along a pool, as far as its student can follow it."""
+
+    observations: Tensor  # [N, O]
+    actions: Tensor  # [H, N, S, A] of the sequences
+    ends: Tensor  # [H + 1, N, S, A] the same, and the policy's at the end
+    latents: Tensor  # [H + 1, N, S, D]
+    rewards: Tensor  # [H, N, S]
+    values: Tensor  # [Q, H + 1, N, S] with `ends`
+    policy: Tensor  # [H + 1, N, S, A]
+    variances: dict[str, Tensor]  # of the four above
+
+    @staticmethod
+    @torch.no_grad()
+    def of(teacher: WorldModel, pool: Pool, latents: Tensor) -> Teaching:
+        """What `teacher` says along `pool`; `latents` `[D]` are its channels that a student has."""
+        parts = lessons(teacher, pool)
+        found = {
+            "ends": torch.cat([part.ends for part in parts], 1),
+            "latents": torch.cat([part.latents[..., latents] for part in parts], 1),
+            "rewards": torch.cat(
+                [teacher.predict_reward(part.latents[:-1], part.actions) for part in parts], 1
+            ),
+            "values": torch.cat(
+                [torch.stack(teacher.q_values(part.latents, part.ends)) for part in parts], 2
+            ),
+            "policy": torch.cat([part.policy for part in parts], 1),
+        }
+        variances = {
+            name: (value.flatten(0, -2).var(0).sum() / value.shape[-1]).clamp(min=1e-12)
+            if name in ("latents", "policy")
+            else value.var().clamp(min=1e-12)
+            for name, value in found.items()
+            if name != "ends"
+        }
+        return Teaching(pool.observations, pool.actions, variances=variances, **found)
+
+    def latent_error(self, student: WorldModel, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's latents `[H + 1, B, S, D]` from these starts `[B]`, and their error."""
+        reached = roll_out(student, self.observations[starts], self.actions[:, starts])
+        error = (reached - self.latents[:, starts]).square().mean()
+        return reached, error / self.variances["latents"]
+
+    def error(self, student: WorldModel, starts: Tensor) -> Tensor:
+        """The sum of the four errors."""
+        reached, error = self.latent_error(student, starts)
+        said = {
+            "rewards": student.predict_reward(reached[:-1], self.actions[:, starts]),
+            "values": torch.stack(student.q_values(reached, self.ends[:, starts])),
+            "policy": student.act(reached),
+        }
+        wanted = {
+            "rewards": self.rewards[:, starts],
+            "values": self.values[:, :, starts],
+            "policy": self.policy[:, starts],
+        }
+        for name, value in said.items():
+            error = error + (value - wanted[name]).square().mean() / self.variances[name]
+        return error
+
+
+def latent_steps(
+    student: WorldModel,
+    teaching: Teaching,
+    steps: int = 300,
+    rate: float = 1e-3,
+    starts: int = 64,
+    seed: int = 0,
+) -> list[float]:
+    """Train encoder and dynamics alone, on the latents alone; then the heads have to be refitted.
+
+    Args:
+        student: changed in place.
+        teaching: of the agent before the cut.
+        steps: of Adam; its rate falls along a cosine.
+        rate: the first.
+        starts: in a step.
+        seed: which.
+
+    Returns:
+        The loss of each step.
+
+    Raises:
+        NonFiniteLoss: the student is as it was before.
+    """
+    trained = [*student.encoder.parameters(), *student.dynamics.parameters()]
+    return _train(
+        trained,
+        lambda chosen: teaching.latent_error(student, chosen)[1],
+        len(teaching.observations),
+        (steps, rate, starts, seed),
+    )
+
+
+def distil(
+    student: WorldModel,
+    teaching: Teaching,
+    steps: int = 2_000,
+    rate: float = 3e-3,
+    starts: int = 32,
+    seed: int = 0,
+) -> list[float]:
+    """Train the whole student, on all that the planner and the policy say. See `latent_steps`."""
+    return _train(
+        list(student.parameters()),
+        lambda chosen: teaching.error(student, chosen),
+        len(teaching.observations),
+        (steps, rate, starts, seed),
+    )
+
+
+def _train(
+    trained: Sequence[nn.Parameter],
+    loss_of: Callable[[Tensor], Tensor],
+    count: int,
+    settings: tuple[int, float, int, int],
+) -> list[float]:
+    steps, rate, starts, seed = settings
+    generator = torch.Generator().manual_seed(seed)
+    before = [parameter.detach().clone() for parameter in trained]
+    optimiser = torch.optim.Adam(trained, lr=rate, fused=True)
+    losses = []
+    for step in range(steps):
+        done = step / max(steps - 1, 1)
+        share = _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * done))
+        optimiser.param_groups[0]["lr"] = rate * share
+        chosen = torch.randint(0, count, (min(starts, count),), generator=generator)
+        loss = loss_of(chosen)
+        gradients = torch.autograd.grad(loss, trained)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient
+        nn.utils.clip_grad_norm_(trained, _CLIP)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            with torch.no_grad():
+                for parameter, value in zip(trained, before, strict=True):
+                    parameter.copy_(value)
+            raise NonFiniteLoss("distillation loss", losses[-1])
+        optimiser.step()
+    for parameter in trained:
+        parameter.grad = None
+    return losses

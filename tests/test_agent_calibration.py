@@ -1,0 +1,183 @@
+"""An agent's own data for cuts made good: where it starts, what it tries, what it is taught."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from tdmpc_prune.agent.calibration import (
+    SEQUENCES,
+    agent_calibration,
+    draw_pool,
+    is_head,
+    latent_channels,
+    lessons,
+    roll_out,
+)
+from tdmpc_prune.agent.computation import agent_computation
+from tdmpc_prune.agent.distillation import Teaching, distil, latent_steps
+from tdmpc_prune.agent.replay import Episode, SequenceReplay
+from tdmpc_prune.agent.world_model import Widths, WorldModel
+from tdmpc_prune.errors import NonFiniteLoss, UserError
+from tdmpc_prune.prunable import component_parameters
+from tdmpc_prune.pruning import compensation, rotation
+from tdmpc_prune.pruning.groups import find_groups
+from tdmpc_prune.pruning.refit import kept_channels, refit
+from tdmpc_prune.pruning.surgery import commit
+from tests.small import AGENT
+
+OBSERVATION, ACTION, HORIZON = 4, 2, 3
+
+
+@pytest.fixture(scope="module")
+def model():
+    generator = torch.Generator().manual_seed(0)
+    model = WorldModel(Widths.dense(AGENT.network, OBSERVATION, ACTION), generator)
+    with torch.no_grad():  # the heads start at zero
+        for head in (model.reward, *model.q_ensemble):
+            head[-1].weight.normal_(generator=generator)
+    return model
+
+
+def replay_with(*lengths, capacity=None):
+    replay = SequenceReplay.of(AGENT.learning, OBSERVATION, ACTION, capacity)
+    rng = np.random.default_rng(0)
+    for number, length in enumerate(lengths):
+        replay.add(
+            Episode(
+                rng.normal(size=(length + 1, OBSERVATION)).astype(np.float32) + 100 * number,
+                rng.uniform(-1, 1, (length, ACTION)).astype(np.float32),
+                rng.normal(size=length).astype(np.float32),
+                False,
+            )
+        )
+    return replay
+
+
+def test_starts_have_their_whole_sequence_in_one_episode(model):
+    """In a ring that has wrapped, the executed actions follow their start."""
+    replay = replay_with(40, 40, 40, capacity=70)
+    pool = draw_pool(model, replay, HORIZON, 60)
+    assert pool.observations.shape == (60, OBSERVATION)
+    assert pool.actions.shape == (HORIZON, 60, SEQUENCES, ACTION)
+    assert float(pool.actions.abs().max()) <= 1
+    held = replay.state()
+    for n in range(60):
+        (place,) = np.flatnonzero((held["observations"] == pool.observations[n].numpy()).all(1))
+        assert held["left"][place] > HORIZON
+        places = (place + np.arange(HORIZON)) % 70
+        np.testing.assert_array_equal(pool.actions[:, n, 0], held["actions"][places])
+    recent = pool.observations[:, 0] > 150
+    assert 0.5 < recent.float().mean() < 0.9  # a half, and what the rest has of them
+    again = draw_pool(model, replay, HORIZON, 60)
+    assert torch.equal(pool.actions, again.actions)
+    other = draw_pool(model, replay, HORIZON, 60, seed=1)
+    assert not torch.equal(pool.actions, other.actions)
+
+
+@pytest.mark.parametrize("lengths", [(), (2, 3, 3)])
+def test_a_buffer_without_a_sequence_is_refused(model, lengths):
+    with pytest.raises(UserError, match="no 4 decisions in a row"):
+        draw_pool(model, replay_with(*lengths), HORIZON, 10)
+
+
+def test_lessons_are_what_the_agent_computes(model):
+    pool = draw_pool(model, replay_with(60), HORIZON, 30)
+    parts = lessons(model, pool, size=20)
+    assert [len(part.observations) for part in parts] == [20, 10]
+    latent = model.encode(parts[1].observations)
+    torch.testing.assert_close(parts[1].latents[0, :, 3], latent)
+    latent = model.next_latent(latent, parts[1].actions[0, :, 3])
+    torch.testing.assert_close(parts[1].latents[1, :, 3], latent)
+    torch.testing.assert_close(parts[1].policy[1, :, 3], model.act(latent))
+    assert parts[0].ends.shape == (HORIZON + 1, 20, SEQUENCES, ACTION)
+
+
+def cut(model, sparsity, starts=300):
+    """The whole agent, rotated; a cut and refitted copy; and all that was used for it."""
+    whole, target = copy.deepcopy(model), copy.deepcopy(model)
+    pool = draw_pool(whole, replay_with(60, 60), HORIZON, starts)
+    calibration = agent_calibration(whole, pool, AGENT)
+    computation = agent_computation(whole, target, AGENT)
+    structure = find_groups(computation)
+    (group,) = [group for group in structure.groups if group.coupling]
+    readings = compensation.read(whole, calibration.batches(whole), calibration)
+    turn = rotation.principal(group, structure, whole, readings)
+    readings = rotation.rotate(group.name, turn, structure, computation, readings)
+    ranking = compensation.rank(structure, whole, readings)
+    dense = {name: sum(p.numel() for p in own) for name, own in component_parameters(model).items()}
+    floors = compensation.lift_normed(structure, whole, dict.fromkeys(structure.widths, 2))
+    plan = compensation.plan_by_gains(structure, ranking, floors, sparsity, dense)
+    student, target = copy.deepcopy((whole, target))
+    networks = agent_computation(student, target, AGENT)
+    commit(plan, structure, networks)
+    plain = copy.deepcopy(student)
+    report = refit(plan, structure, whole, networks.networks, calibration)
+    latents = latent_channels(kept_channels(plan, structure, whole), whole)
+    return whole, student, plain, target, pool, latents, report
+
+
+def test_an_agent_is_rotated_cut_and_refitted(model):
+    whole, student, plain, target, pool, latents, report = cut(model, 0.4)
+    observations = torch.randn(20, OBSERVATION)
+    torch.testing.assert_close(
+        whole.predict_reward(whole.encode(observations), torch.zeros(20, ACTION)),
+        model.predict_reward(model.encode(observations), torch.zeros(20, ACTION)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    assert not report.left
+    fitted = {fit.layer: fit for fit in report.layers}
+    assert set(fitted) == {name.rpartition(".")[0] for name, _ in whole.named_parameters()}
+    assert all(fit.after <= fit.before for fit in report.layers)
+    assert fitted["reward.4"].after < 0.5 * fitted["reward.4"].before
+    teaching = Teaching.of(whole, pool, latents)
+    starts = torch.arange(300)
+    with torch.no_grad():
+        assert teaching.error(student, starts) < 0.3 * teaching.error(plain, starts)
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(student.parameters(), target.parameters(), strict=True)
+    )
+
+
+def test_a_calibration_can_be_of_some_layers_only(model):
+    pool = draw_pool(model, replay_with(60), HORIZON, 30)
+    heads = agent_calibration(model, pool, AGENT).only(is_head)
+    (stage,) = heads.stages
+    assert stage.layers[0] == ("reward.0", "policy.0", "q_ensemble.0.0", "q_ensemble.1.0")
+    last = heads.only(lambda layer: layer.endswith(".5"))
+    assert last.stages[0].layers == (("q_ensemble.0.5", "q_ensemble.1.5"),)
+
+
+def test_latent_steps_and_distillation_follow_the_teacher(model):
+    whole, student, _, _, pool, latents, _ = cut(model, 0.5)
+    teaching = Teaching.of(whole, pool, latents)
+    heads = copy.deepcopy(student.reward.state_dict())
+    losses = latent_steps(student, teaching, steps=60)
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+    assert all(torch.equal(heads[n], t) for n, t in student.reward.state_dict().items())
+    losses = distil(student, teaching, steps=60)
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+    assert all(parameter.grad is None for parameter in student.parameters())
+    twin = copy.deepcopy(student)
+    assert distil(student, teaching, steps=3) == distil(twin, teaching, steps=3)
+
+
+def test_a_distillation_that_diverges_changes_nothing(model):
+    whole, student, _, _, pool, latents, _ = cut(model, 0.3)
+    teaching = Teaching.of(whole, pool, latents)
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(NonFiniteLoss, match="distillation loss"):
+        distil(student, teaching, steps=50, rate=1e20)
+    assert all(torch.equal(before[n], t) for n, t in student.state_dict().items())
+
+
+def test_a_student_of_a_whole_agent_has_no_error(model):
+    pool = draw_pool(model, replay_with(60), HORIZON, 30)
+    teaching = Teaching.of(model, pool, torch.arange(AGENT.network.latent_width))
+    with torch.no_grad():
+        assert float(teaching.error(model, torch.arange(30))) < 1e-8
+    latents = roll_out(model, pool.observations, pool.actions)
+    torch.testing.assert_close(teaching.latents, latents)
