@@ -10,9 +10,16 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
-from envs import TaskError, make_env
+try:
+    import onnxruntime
+
+    from envs import TaskError, make_env
+except ImportError as missing:
+    needed = {"onnxruntime": "pip install -e '.[onnx]'"}
+    mend = needed.get(missing.name, f"take another '{missing.name}' out of PYTHONPATH (sys.path)")
+    print(f"error: {missing}; {mend}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def play(graph: Path, task: str | None, episodes: int) -> list[float]:

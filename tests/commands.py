@@ -59,6 +59,7 @@ def run(script, *arguments, cwd) -> Done:
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(errors),
         ):
+            os.environ["PYTHONPATH"] = str(ROOT)  # for the processes of launchers
             sys.argv = [str(ROOT / "scripts" / script), *arguments]
             try:
                 runpy.run_path(sys.argv[0], run_name="__main__")

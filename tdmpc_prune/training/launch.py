@@ -81,7 +81,8 @@ def resume(config: RunConfig, given: list[str]) -> Run:
         given: the settings given on the command line; few may change.
 
     Raises:
-        UserError: there is no such run, it is damaged, or a setting may not change.
+        UserError: there is no such run, it is damaged, another process is at work in it, or a
+            setting may not change.
     """
     folder, kind = RunFolder(config.resume), type(config)
     settings = folder.settings()
@@ -104,7 +105,8 @@ def resume(config: RunConfig, given: list[str]) -> Run:
     # Its own checkpoint holds what it was started with.
     own = {"start_from": None, "prune": replace(saved.prune, plan=None)}
     run = assemble(replace(saved, **changed, **own), folder)
-    run.load()
+    with folder.owned():  # who is at work in it replaces what is read here
+        run.load()
     return run
 
 
