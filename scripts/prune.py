@@ -17,8 +17,11 @@ def main(config: PruneCheckpointConfig, given: list[str]) -> None:
     from tdmpc_prune.training import launch
 
     if config.explain:
-        plan = launch.explain(config, given)
-        print(f"{plan.explain()}\n\nwritten to {config.explain}; nothing was cut")
+        plan, refit = launch.explain(config, given)
+        print(plan.explain())
+        if refit:
+            print(f"\nwhat a refit would leave:\n\n{refit.table()}")
+        print(f"\nwritten to {config.explain}; nothing was cut")
         return
     print(launch.finish(launch.start(launch.pruning_run(config, given), sys.argv)))
 

@@ -282,6 +282,7 @@ def plan_by_gains(
     dense: Mapping[str, int],
     method: str = "compensated",
     round_to: int = 1,
+    strict: bool = True,
 ) -> Plan:
     """Take, again and again, the units whose gain for each parameter that they free is least.
 
@@ -295,6 +296,7 @@ def plan_by_gains(
         dense: component → parameters of the dense network.
         method: name of what ranked the units.
         round_to: widths that are cut become a multiple of this.
+        strict: False cuts as far as the floors allow.
 
     Raises:
         UserError: the floors do not allow it.
@@ -322,6 +324,8 @@ def plan_by_gains(
             gain = ranking[name].gains[gone : gone + width - narrower].sum()
             if best is None or gain / freed < best[0]:
                 best = (gain / freed, name, narrower, freed)
+        if best is None and not strict:
+            break
         if best is None:
             raise UserError(
                 f"sparsity {sparsity:g} cannot be reached: {left} parameters are left with every "

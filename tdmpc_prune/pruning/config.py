@@ -11,6 +11,10 @@ GRADIENT_METRICS = ("bayesian", "fisher", "fisher_increase", "gradient", "taylor
 
 METRICS = (*GRADIENT_METRICS, "magnitude", "random")
 
+BY_DATA = ("compensated", "reconstruction")  # what units add to what the others say
+
+ALL_METHODS = ("none", *METRICS, *BY_DATA)
+
 SHAPES = ("cosine", "linear", "cubic")
 
 ALLOCATIONS = ("global", "balanced", "uniform")
@@ -25,7 +29,7 @@ _OF_PLANS = (  # what a plan on file has decided
 class PruneConfig:
     """How networks are compressed while they learn."""
 
-    method: str = setting("none", f"what ranks the units: none (stay dense), {', '.join(METRICS)}")
+    method: str = setting("none", f"what ranks the units: {', '.join(ALL_METHODS)}")
     sparsity: float = setting(0.9, "fraction of the parameters removed in the end")
     start: float = setting(
         0.2,
@@ -38,6 +42,14 @@ class PruneConfig:
         "global",
         "global ranks units of all groups by importance per parameter; balanced also by what is "
         "left of their group; uniform cuts alike",
+    )
+    refit: bool = setting(
+        True, "after a cut, fit the layers that are left to what the whole networks computed"
+    )
+    rotate: bool = setting(
+        True,
+        "compensated, reconstruction: cut widths that are written and read linearly in the basis "
+        "in which few units carry them",
     )
     min_width: int = setting(16, "units that every group keeps at least")
     min_widths: dict[str, int] = setting(
@@ -71,7 +83,7 @@ class PruneConfig:
     )
 
     def __post_init__(self):
-        choices = (("method", ("none", *METRICS)), ("shape", SHAPES), ("allocation", ALLOCATIONS))
+        choices = (("method", ALL_METHODS), ("shape", SHAPES), ("allocation", ALLOCATIONS))
         for name, known in choices:
             value = getattr(self, name)
             require(value in known, f"prune.{name}={value} must be one of {', '.join(known)}")
@@ -91,6 +103,10 @@ class PruneConfig:
             not self.budgets or self.allocation != "uniform",
             "prune.budgets needs prune.allocation=global or balanced: uniform cuts all alike",
         )
+        require(
+            not self.budgets or not self.by_data,
+            f"prune.budgets cannot be kept with prune={self.method}; use prune.min_widths",
+        )
         for component, value in self.budgets.items():
             require(0 <= value <= 1, f"prune.budgets: {component}={value} must lie in [0, 1]")
         for name, value in self.min_widths.items():
@@ -102,6 +118,10 @@ class PruneConfig:
             names = (n for field in _OF_PLANS for n in (f"prune.{field}", f"prune.{field}."))
             if name := among(given, *names):
                 return Idle(name, "with prune.plan=…, which is carried out as it is")
+        if "prune.allocation" in given and self.by_data:
+            return Idle("prune.allocation", f"with prune={self.method}, whose gains are compared")
+        if "prune.rotate" in given and not self.by_data:
+            return Idle("prune.rotate", f"with prune={self.method}", "prune=compensated")
         if "prune.shape" in given and self.steps == 1:
             return Idle("prune.shape", "with prune.steps=1")
         gathered = ("prune.smoothing", "prune.memory", "prune.confidence")
@@ -123,9 +143,16 @@ class PruneConfig:
         return None
 
     @property
+    def by_data(self) -> bool:
+        """Whether units are ranked at the cut, by data, and not by gradients on the way there."""
+        return self.method in BY_DATA
+
+    @property
     def tracked(self) -> tuple[str, ...]:
-        """The metrics that are computed."""
-        return METRICS if self.compare else (self.method,)
+        """The metrics that are computed on the way."""
+        if self.compare:
+            return METRICS
+        return () if self.by_data else (self.method,)
 
 
 _MEANINGS = {
@@ -138,7 +165,16 @@ _MEANINGS = {
     "random": "chance, to compare with",
 }
 
+_BY_DATA = {
+    "compensated": "what the others cannot say for it, weighed by what the networks are used for",
+    "reconstruction": "the same, all outputs alike",
+}
+
 _RANKINGS = {name: Choice(PruneConfig(name), text) for name, text in _MEANINGS.items()}
+_RANKINGS |= {
+    name: Choice(PruneConfig(name, min_width=2, round_to=1), text)
+    for name, text in _BY_DATA.items()
+}
 
 # Where a network may also stay dense, and where something has to rank its units.
 METHODS = {"none": Choice(PruneConfig(), "nothing is cut, the networks stay dense"), **_RANKINGS}

@@ -233,6 +233,10 @@ class Tracker:
         }
         self._attach(structure, network)
 
+    def forget(self) -> None:
+        """Start without evidence again: the units are no longer those that were seen."""
+        self._evidence, self._updates = {}, {}
+
     def state(self) -> dict[str, Tensor]:
         """Everything that has been gathered."""
         tensors = {"random": self._random.clone()}

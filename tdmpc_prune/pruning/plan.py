@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ class Plan:
     homes: dict[str, str]  # group → the component that its units are listed under
     parameters: dict[str, tuple[int, int]]  # component → before, after
     macs: dict[str, tuple[int, int]]  # component → planning MACs before, after
+    rotated: list[str] = field(default_factory=list)  # groups whose units are of a rotated basis
 
     @property
     def achieved(self) -> float:
@@ -68,7 +69,7 @@ class Plan:
         return (
             f"{self.method}, {self.allocation} allocation: sparsity {self.achieved:.3f} "
             f"(asked for {self.sparsity:.3f}) of {self.dense_parameters} dense parameters"
-            f"\n\n{table}"
+            f"{', rotated: ' + ', '.join(self.rotated) if self.rotated else ''}\n\n{table}"
         )
 
     def check(self, structure: Structure) -> None:
@@ -116,9 +117,10 @@ class Plan:
             raise UserError(f"plan '{path}' cannot be read: {error}") from error
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise UserError(f"'{path}' is no plan of this package (no '{FORMAT}' in it)")
-        known = {field.name for field in fields(Plan)}
-        if set(values) != known:
-            wrong = sorted(known ^ set(values))[0]
+        known = {own.name for own in fields(Plan)}
+        needed = {own.name for own in fields(Plan) if own.default_factory is MISSING}
+        if not needed <= set(values) <= known:
+            wrong = sorted((needed - set(values)) | (set(values) - known))[0]
             raise UserError(f"plan '{path}' is damaged: '{wrong}' is missing or unknown")
         return Plan.of(values)
 

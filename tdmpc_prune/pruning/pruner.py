@@ -6,7 +6,7 @@ return, an autoencoder's PSNR). Time is counted in the unit of the schedule.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -17,12 +17,15 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.prunable import Computation, Learner
-from tdmpc_prune.pruning.allocation import make_plan
+from tdmpc_prune.prunable import Calibration, Computation, Learner
+from tdmpc_prune.pruning.allocation import make_plan, width_floors
+from tdmpc_prune.pruning.compensation import Ranking, lift_normed, plan_by_gains
 from tdmpc_prune.pruning.config import PruneConfig
+from tdmpc_prune.pruning.gains import Gains, rank_by_data
 from tdmpc_prune.pruning.groups import find_groups
 from tdmpc_prune.pruning.importance import Tracker
 from tdmpc_prune.pruning.plan import Plan
+from tdmpc_prune.pruning.refit import Refit, commit_refitted, whole_or_restored
 from tdmpc_prune.pruning.schedule import Schedule, make_schedule
 from tdmpc_prune.pruning.surgery import commit, kept_units
 from tdmpc_prune.thresholds import back_at
@@ -43,6 +46,14 @@ class RunFacts:
     score: str  # what is measured: "return", "PSNR"
     seed: int  # of the `random` baseline
     gather: bool  # gradients have to be gathered first: nothing is learnt before the first cut
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A cut that has not been made, and the basis that its units are of."""
+
+    plan: Plan
+    weights: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # if not the present
 
 
 @dataclass
@@ -118,6 +129,14 @@ class Pruner:
             )
         if self._given:
             self._given.check(self.structure)
+        elif self.config.by_data:
+            self._plan_by_gains(
+                {
+                    name: Ranking(np.arange(width), np.zeros(width))
+                    for name, width in self.structure.widths.items()
+                },
+                self.config.sparsity,
+            )
         else:
             self.plan(np.zeros(sum(self.structure.widths.values())), self.config.sparsity)
 
@@ -181,6 +200,7 @@ class Pruner:
         dense = stage.reference if stage.dense_score is None else stage.dense_score
         return {
             "method": self.config.method,
+            "refit": self.config.refit,
             "cuts": stage.kept,
             "dense_score": dense,
             "dense_parameters": sum(self.facts.dense.values()),
@@ -234,7 +254,8 @@ class Pruner:
                 come = now >= self.schedule.time_of(stage.step + 1)
             else:
                 come = self._can_try_again(now)
-            return "measure" if come and self._tracker.has_evidence else None
+            known = self.config.by_data or self._tracker.has_evidence
+            return "measure" if come and known else None
         if stage.phase == "measured":
             return "cut"
         if stage.phase == "cut":
@@ -260,10 +281,15 @@ class Pruner:
         """Whether halfway to the cut that was undone is far enough from here."""
         return (self.stage.failed - self.sparsity) / 2 >= _LEAST_GAIN
 
+    @property
+    def to_gather(self) -> int:
+        """Batches whose gradients are needed before the start; one shows that there is data."""
+        return 1 if self.config.by_data else self.config.gather_updates
+
     def gathered(self) -> None:
         """The gradients of one more batch were seen."""
         self.stage.gathered += 1
-        if self.stage.gathered >= self.config.gather_updates:
+        if self.stage.gathered >= self.to_gather:
             self.stage.phase = "waiting"
 
     def hint(self, score: float) -> None:
@@ -336,29 +362,80 @@ class Pruner:
         """A plan for the agent as it is. Raises UserError: see `make_plan`."""
         return make_plan(self.structure, densities, self.config, sparsity, self.facts.dense, strict)
 
-    def next_plan(self, now: int) -> Plan:
+    def propose(self, now: int, calibration: Calibration | None = None) -> Proposal:
         """The cut of the next step, as far as the limits allow; failures are halved towards.
 
         It removes nothing if all that can go is as much as had to be undone.
-        """
-        if self._given:
-            return self._given
-        progress, failed = self.schedule.progress(now), self.stage.failed
-        target = self.schedule.sparsity_after(self.stage.step + 1)
-        if failed is None:
-            return self.plan_at(progress, target, strict=False)
-        target = min(target, (self.sparsity + failed) / 2)
-        plan = self.plan_at(progress, target, strict=False)
-        while plan.achieved >= failed - 1e-9 and plan.removed:  # whole chunks go
-            target = (self.sparsity + target) / 2
-            if target - self.sparsity < _LEAST_GAIN:
-                return replace(plan, removed={})
-            plan = self.plan_at(progress, target, strict=False)
-        return plan
 
-    def plan_at(self, progress: float, sparsity: float, strict: bool = True) -> Plan:
-        """A plan by the evidence so far, weighed as at `progress` of the schedule."""
-        return self.plan(self.densities(progress), sparsity, strict)
+        Args:
+            now: the time.
+            calibration: data; needed where units are ranked by it.
+
+        Raises:
+            UserError: see `rank_by_data`.
+        """
+        gains = self._gains(calibration)
+        if self._given:
+            return Proposal(self._given, gains.weights if gains else {})
+        plan_to = self._planner(self.schedule.progress(now), gains, strict=False)
+        failed, target = self.stage.failed, self.schedule.sparsity_after(self.stage.step + 1)
+        if failed is not None:
+            target = min(target, (self.sparsity + failed) / 2)
+        plan = plan_to(target)
+        while failed is not None and plan.achieved >= failed - 1e-9 and plan.removed:
+            target = (self.sparsity + target) / 2  # whole chunks go
+            if target - self.sparsity < _LEAST_GAIN:
+                return Proposal(replace(plan, removed={}))
+            plan = plan_to(target)
+        return Proposal(plan, gains.weights if gains else {})
+
+    def propose_whole(self, calibration: Calibration | None = None) -> Proposal:
+        """One cut to the final sparsity, by the evidence so far.
+
+        Raises:
+            UserError: the limits do not allow it; see `rank_by_data`.
+        """
+        gains = self._gains(calibration)
+        plan = self._planner(1.0, gains, strict=True)(self.config.sparsity)
+        return Proposal(plan, gains.weights if gains else {})
+
+    def _gains(self, calibration: Calibration | None) -> Gains | None:
+        """The units ranked by data, if that is how they are ranked or what a given plan is of."""
+        if not (self._given.rotated if self._given else self.config.by_data):
+            return None
+        return rank_by_data(
+            self.structure,
+            self._computation,
+            calibration,
+            self._given.method if self._given else self.config.method,
+            rotated=bool(self._given) or self.config.rotate,
+        )
+
+    def _planner(
+        self, progress: float, gains: Gains | None, strict: bool
+    ) -> Callable[[float], Plan]:
+        """Sparsity → plan, by the evidence so far, weighed as at `progress` of the schedule."""
+        if gains is None:
+            densities = self.densities(progress)
+            return lambda sparsity: self.plan(densities, sparsity, strict)
+        return lambda sparsity: replace(
+            self._plan_by_gains(gains.ranking, sparsity, strict), rotated=list(gains.rotated)
+        )
+
+    def _plan_by_gains(
+        self, ranking: Mapping[str, Ranking], sparsity: float, strict: bool = True
+    ) -> Plan:
+        floors = width_floors(self.structure, self.config)
+        return plan_by_gains(
+            self.structure,
+            ranking,
+            lift_normed(self.structure, self._learner.model, floors),
+            sparsity,
+            self.facts.dense,
+            self.config.method,
+            self.config.round_to,
+            strict,
+        )
 
     def all_densities(self, progress: float) -> dict[str, np.ndarray]:
         """The same as `densities` for each tracked metric; empty before any update."""
@@ -371,18 +448,39 @@ class Pruner:
         """`[U]` importance per parameter of each unit, weighed as at `progress`."""
         return self._tracker.densities(self.config.method, self._learner.model, progress)
 
-    def cut(self, plan: Plan, now: int) -> None:
-        """Carry out a plan on networks, targets, optimisers and tracker: all, or nothing.
+    def cut(
+        self, proposal: Proposal, now: int, calibration: Calibration | None = None
+    ) -> Refit | None:
+        """Carry out a cut on networks, targets, optimisers and tracker: all, or nothing.
+
+        Args:
+            proposal: of these very networks.
+            now: the time.
+            calibration: the data by which the layers that are left are fitted; None: they are not.
+
+        Returns:
+            What the refit did.
 
         Raises:
-            UserError, SurgeryError: see `commit`.
+            UserError, SurgeryError: see `commit` and `commit_refitted`.
         """
-        learner, stage = self._learner, self.stage
+        learner, stage, plan, refit = self._learner, self.stage, proposal.plan, None
         before = self._snapshot()
-        self.structure = commit(
-            plan, self.structure, self._computation, learner.optimisers.values()
-        )
+        networks, optimisers = self._computation.networks, list(learner.optimisers.values())
+        with whole_or_restored(networks):
+            for name, weights in proposal.weights.items():
+                networks[name].load_state_dict(weights)
+            if calibration is None:
+                self.structure = commit(plan, self.structure, self._computation, optimisers)
+            else:
+                self.structure, refit = commit_refitted(
+                    plan, self.structure, self._computation, calibration, optimisers
+                )
         self._tracker.keep(kept_units(plan), self.structure, learner.model)
+        if proposal.weights:  # evidence and moments are of another basis
+            self._tracker.forget()
+            for optimiser in optimisers:
+                optimiser.state.clear()
         self._before_cut = before
         stage.step += 1
         stage.changes += 1
@@ -394,6 +492,7 @@ class Pruner:
             "widths": plan.widths_after,
         } | self.size()
         stage.phase = "cut"
+        return refit
 
     def skip(self) -> None:
         """The next step has nothing to cut: an earlier one went far enough, or failed."""

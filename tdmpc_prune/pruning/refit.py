@@ -39,6 +39,7 @@ _HELD_OUT = 5  # every fifth batch, from the second on
 _EXACT = 1e-12  # relative error below which there is nothing to mend
 _TINY = 1e-300  # keeps 0 / 0 from being no number
 _ROUNDING = 1e-13  # share of a mean square below which a variance is nothing
+_SAID = 1e-9  # and above which it is something that has to be met
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def refit(
             f"the layers around the cut"
         )
     kept, everything = kept_channels(plan, structure, whole), all_channels(whole)
-    with _whole_or_restored(networks), _evaluating(whole, *networks.values()), torch.no_grad():
+    with whole_or_restored(networks), _evaluating(whole, *networks.values()), torch.no_grad():
         batches = calibration.batches(whole)
         fits = []
         for stage in calibration.stages:
@@ -388,22 +389,22 @@ def _check(layer: str, fit: _Sums, held: _Sums) -> None:
             f"it needs more data (batches, starts or images)"
         )
     nothing_said = fit.mixed and _constant(moments.x, moments.spread)
-    if nothing_said and not _constant(moments.y, moments.yy):
+    if nothing_said and not _constant(moments.y, moments.yy, _SAID):
         raise UserError(
             f"the inputs of layer '{layer}' are constant on the calibration's data: nothing can be "
             f"fitted to them"
         )
 
 
-def _constant(mean: Tensor, variance: Tensor) -> bool:
-    return float(variance.mean()) <= _ROUNDING * float(mean.square().mean())
+def _constant(mean: Tensor, variance: Tensor, share: float = _ROUNDING) -> bool:
+    return float(variance.mean()) <= share * float(mean.square().mean())
 
 
 # --- All or nothing -----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _whole_or_restored(networks: Mapping[str, nn.Module]) -> Iterator[None]:
+def whole_or_restored(networks: Mapping[str, nn.Module]) -> Iterator[None]:
     """Put all weights back if something is raised."""
     tensors = [t for network in networks.values() for t in network.state_dict().values()]
     before = [tensor.clone() for tensor in tensors]

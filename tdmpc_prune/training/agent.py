@@ -20,6 +20,7 @@ from torch import Tensor
 from envs import StepError, make_env
 from envs.tasks import default_action_repeat
 from tdmpc_prune.agent.agent import Agent
+from tdmpc_prune.agent.calibration import agent_calibration, draw_pool
 from tdmpc_prune.agent.computation import agent_computation
 from tdmpc_prune.agent.learner import Learner
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan
@@ -28,7 +29,7 @@ from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.evaluation import EVALUATION_SEED, Evaluation, check_sizes, evaluate
 from tdmpc_prune.machine import choose_device
-from tdmpc_prune.prunable import Computation, component_parameters
+from tdmpc_prune.prunable import Calibration, Computation, component_parameters
 from tdmpc_prune.saving.agents import load_agent, load_agents, write_agent
 from tdmpc_prune.saving.run_folder import RunFolder
 from tdmpc_prune.settings import typed
@@ -37,6 +38,7 @@ from tdmpc_prune.training.config import TrainConfig
 from tdmpc_prune.training.log import Averages, RunLog
 from tdmpc_prune.words import counted, mean_and_std
 
+CALIBRATION_STARTS = 1_500  # states that sequences start from: 60 000 rows at horizon 5
 BROKEN_IN_A_ROW = 3  # episodes, after which a run does not go on
 
 
@@ -358,6 +360,11 @@ class AgentTraining:
 
     def computation(self) -> Computation:
         return agent_computation(self.learner.model, self.learner.target, self.config.model)
+
+    def calibration(self) -> Calibration:
+        horizon = self.config.model.planner.horizon
+        pool = draw_pool(self.model, self.replay, horizon, CALIBRATION_STARTS, self.config.seed)
+        return agent_calibration(self.model, pool, self.config.model)
 
     def conclude(self, folder: RunFolder, log: RunLog) -> list[str]:
         """The run's agents are timed in turn: the dense one, those of every cut, the last one."""

@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdmpc_prune.autoencoder.computation import autoencoder_computation
 from tdmpc_prune.autoencoder.data import load_images
 from tdmpc_prune.autoencoder.learner import AutoencoderLearner
 from tdmpc_prune.autoencoder.model import Autoencoder, Widths, psnr
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.prunable import Computation, component_parameters
+from tdmpc_prune.prunable import Calibration, Computation, component_parameters
+from tdmpc_prune.pruning.refit import calibration_of
 from tdmpc_prune.saving.autoencoders import SavedAutoencoder, load_autoencoder, write_autoencoder
 from tdmpc_prune.saving.run_folder import RunFolder
 from tdmpc_prune.settings import to_plain
@@ -28,6 +29,8 @@ from tdmpc_prune.training.config import AutoencoderConfig
 from tdmpc_prune.training.log import Averages, RunLog
 from tdmpc_prune.words import counted
 
+CALIBRATION_IMAGES = 1_000
+_CALIBRATION_BATCH = 50
 _SHOWN = 10  # images in the pictures
 
 
@@ -151,6 +154,22 @@ class AutoencoderTraining:
 
     def computation(self) -> Computation:
         return autoencoder_computation(self.model)
+
+    def calibration(self) -> Calibration:
+        """Images to learn from; what matters is every pixel of the reconstruction."""
+        batches = self.images.train[:CALIBRATION_IMAGES].split(_CALIBRATION_BATCH)
+
+        def reconstruct(network: nn.Module, images: Tensor) -> Tensor:
+            return network(images)
+
+        def felt(network: nn.Module, images: Tensor) -> Tensor:
+            signs = torch.Generator().manual_seed(self.config.seed)
+            reconstructed = network(images)
+            return (
+                reconstructed * torch.randint(0, 2, images.shape, generator=signs).mul(2).sub(1)
+            ).sum()
+
+        return replace(calibration_of(self.model, batches, reconstruct), sensitivity=felt)
 
     @torch.no_grad()
     def conclude(self, folder: RunFolder, log: RunLog) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from tdmpc_prune.agent.world_model import Widths
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning.plan import Plan
+from tdmpc_prune.pruning.refit import Refit
 from tdmpc_prune.pruning.surgery import commit
 from tdmpc_prune.saving.agents import load_agent
 from tdmpc_prune.saving.autoencoders import is_autoencoder, load_autoencoder
@@ -204,8 +205,11 @@ def _of_autoencoder(config: PruneCheckpointConfig, given: list[str]) -> Autoenco
     )
 
 
-def explain(config: PruneCheckpointConfig, given: list[str]) -> Plan:
+def explain(config: PruneCheckpointConfig, given: list[str]) -> tuple[Plan, Refit | None]:
     """The plan of one cut to the final sparsity, written to the file `config.explain`.
+
+    Returns:
+        The plan, and what a refit would reach.
 
     Raises:
         UserError: see `start`.
@@ -213,15 +217,17 @@ def explain(config: PruneCheckpointConfig, given: list[str]) -> Plan:
     """
     run = prepare(pruning_run(config, given))
     run.gather_all()
-    plan = run.pruner.plan_at(1.0, config.prune.sparsity)
-    write_file(config.explain, plan.as_json(), "explain")
-    return plan
+    calibration = run.calibration()
+    proposal = run.pruner.propose_whole(calibration)
+    refit = run.pruner.cut(proposal, run.now, calibration if config.prune.refit else None)
+    write_file(config.explain, proposal.plan.as_json(), "explain")
+    return proposal.plan, refit
 
 
 def widths_after(config: PruneCheckpointConfig) -> Widths:
     """An agent's widths after one cut to the final sparsity. Raises UserError: no such plan."""
     run = prepare(pruning_run(config, []))
     run.gather_all()
-    plan = run.pruner.plan_at(1.0, config.prune.sparsity)
+    plan = run.pruner.propose_whole(run.calibration()).plan
     commit(plan, run.pruner.structure, run.trainee.computation())
     return run.trainee.model.widths

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from tdmpc_prune.pruning.refit import Refit
 from tdmpc_prune.saving.files import write_file
 from tdmpc_prune.saving.run_folder import RunFolder
 from tdmpc_prune.settings import by_dotted_name
@@ -163,6 +164,18 @@ class RunLog:
             }
             | {f"unit rank correlation/{pair}": value for pair, value in correlations.items()},
         )
+
+    def refit(self, now: int, step: int, refit: Refit) -> None:
+        """Add what the refit of a cut did to each layer's error."""
+        self.record("refit", now, step=step, layers=[vars(fit) for fit in refit.layers])
+        for fit in refit.layers:
+            self.scalars(
+                now,
+                {
+                    f"refit/{fit.layer}/as cut": fit.before,
+                    f"refit/{fit.layer}/fitted": fit.after,
+                },
+            )
 
     def text(self, name: str, markdown: str, now: int) -> None:
         """Add a text to TensorBoard."""

@@ -17,7 +17,8 @@ from typing import Any
 from torch import nn
 
 from envs import TaskError
-from tdmpc_prune.errors import NonFiniteLoss, RunError
+from tdmpc_prune.errors import NonFiniteLoss, RunError, UserError
+from tdmpc_prune.prunable import Calibration
 from tdmpc_prune.pruning.pruner import Pruner, RunFacts
 from tdmpc_prune.pruning.surgery import SurgeryError
 from tdmpc_prune.saving.files import write_folder
@@ -247,7 +248,7 @@ class Run:
         """Show the tracker the gradients of a batch."""
         if self.trainee.gather(self.log):
             self.pruner.gathered()
-            done, of = self.pruner.stage.gathered, self.config.prune.gather_updates
+            done, of = self.pruner.stage.gathered, self.pruner.to_gather
             self.log.progress(doing=f"gathering gradients ({done} of {of})" if done < of else "")
 
     def gather_all(self) -> None:
@@ -285,24 +286,41 @@ class Run:
             self.save()
 
     def _cut(self) -> None:
-        """Plan a cut, write the plan down, and carry it out."""
-        pruner, now = self.pruner, self.now
-        plan = pruner.next_plan(now)
-        if not plan.removed:
-            pruner.skip()
-            return
-        if not pruner.stage.changes and (doubt := report.doubt(pruner)):
-            self.log.record("warning", now, text=doubt, scores=pruner.stage.dense_scores)
-            self.log.say(f"note: {doubt}")
-        step = pruner.stage.step + 1
-        self.folder.write_plan(step, plan.as_json(), plan.explain())
+        """Plan a cut, write the plan down, carry it out, and fit what is left."""
+        pruner, now, step = self.pruner, self.now, self.pruner.stage.step + 1
+        self.log.progress(doing="cutting")
         try:
-            pruner.cut(plan, now)
+            calibration = self.calibration()
+            proposal = pruner.propose(now, calibration)
+            plan = proposal.plan
+            if not plan.removed:
+                pruner.skip()
+                return
+            if not pruner.stage.changes and (doubt := report.doubt(pruner)):
+                self.log.record("warning", now, text=doubt, scores=pruner.stage.dense_scores)
+                self.log.say(f"note: {doubt}")
+            self.folder.write_plan(step, plan.as_json(), plan.explain())
+            refit = pruner.cut(proposal, now, calibration if self.config.prune.refit else None)
         except SurgeryError as error:
             raise RunError(f"cut {step} was undone and the run stopped: {error}") from error
+        except UserError as error:
+            saved = self.save()
+            raise UserError(
+                f"cut {step} was not made: {error}; the state is saved in {saved}"
+            ) from error
+        finally:
+            self.log.progress(doing="")
         size = pruner.size()
         self.log.record("cut", now, step=step, target=plan.sparsity, **size)
         self.log.say(report.cut_sentence(step, now, plan.sparsity, size, pruner))
+        if refit:
+            self.folder.write_plan(step, plan.as_json(), f"{plan.explain()}\n\n{refit.table()}")
+            self.log.refit(now, step, refit)
+
+    def calibration(self) -> Calibration | None:
+        """The data for the next cut, if it needs any. Raises UserError: there is none."""
+        prune = self.config.prune
+        return self.trainee.calibration() if prune.refit or prune.by_data else None
 
     def _undo(self) -> None:
         """Go back to the networks, optimisers and tracker before a cut that did not recover."""

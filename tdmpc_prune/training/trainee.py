@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from tdmpc_prune.prunable import Computation, Learner
+from tdmpc_prune.prunable import Calibration, Computation, Learner
 from tdmpc_prune.saving.run_folder import RunFolder
 from tdmpc_prune.training.log import Averages, RunLog
 
@@ -120,6 +120,13 @@ class Trainee(Protocol):
 
     def computation(self) -> Computation:
         """All that it does with its networks."""
+
+    def calibration(self) -> Calibration:
+        """The data by which its networks are ranked and refitted, as they are now.
+
+        Raises:
+            UserError: there is not enough yet.
+        """
 
     def take_learner(self, model: nn.Module, state: Mapping[str, Tensor], updates: int) -> None:
         """Go on with this model, and with its learner's saved state if there is one."""
