@@ -121,6 +121,11 @@ class Calibration:
     stages: tuple[Stage, ...]
     sensitivity: Callable[[nn.Module, Any], Tensor] | None = None
 
+    @property
+    def layers(self) -> list[str]:
+        """All that are fitted, in order."""
+        return [name for stage in self.stages for wave in stage.layers for name in wave]
+
     def only(self, wanted: Callable[[str], bool]) -> Calibration:
         """The same for the layers that are `wanted`, by their names."""
         stages = []

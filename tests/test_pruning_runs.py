@@ -413,7 +413,7 @@ def test_a_cut_that_fails_stops_the_run_with_its_networks_whole(tmp_path, monkey
     def fail(*_):
         raise SurgeryError("on purpose")
 
-    monkeypatch.setattr("tdmpc_prune.pruning.pruner.commit", fail)
+    monkeypatch.setattr("tdmpc_prune.pruning.refit.commit", fail)
     trainer = launch.start(pruning_config(tmp_path / "run"), [])
     with pytest.raises(RunError, match="cut 1 was undone and the run stopped: on purpose"):
         trainer.run()
@@ -480,7 +480,7 @@ def test_the_checkpoints_evaluation_is_not_played_again(dense, tmp_path, monkeyp
 
 def test_one_cut_without_recovery_changes_no_weight_that_stays(dense, tmp_path):
     config = finished(dense, tmp_path / "run", env_steps=0)
-    config = replace(config, prune=replace(config.prune, steps=1))
+    config = replace(config, prune=replace(config.prune, steps=1, refit=False))
     launch.start(launch.pruning_run(config, []), []).run()
     plan = Plan.load(tmp_path / "run/plans/step-1.json")
     before, after = load_agent(dense).model, load_agent(tmp_path / "run").model
@@ -508,7 +508,7 @@ def test_an_agent_without_its_buffer_can_be_cut_once_or_explained(dense, tmp_pat
     config = finished(tmp_path / "shipped", tmp_path / "run", env_steps=0, explain=path)
     config = replace(config, prune=replace(config.prune, steps=1, max_return_drop=0.0))
     if explained:
-        assert launch.explain(config, []).removed
+        assert launch.explain(config, [])[0].removed
         assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json", "shipped"]
         return
     launch.start(launch.pruning_run(config, []), []).run()
@@ -519,7 +519,7 @@ def test_an_agent_without_its_buffer_can_be_cut_once_or_explained(dense, tmp_pat
 
 def test_what_is_explained_is_what_is_cut(dense, tmp_path):
     config = finished(dense, tmp_path / "run", explain=str(tmp_path / "plan.json"))
-    plan = launch.explain(config, [])
+    plan, _ = launch.explain(config, [])
     config = replace(config, explain=None, env_steps=0, prune=replace(config.prune, steps=1))
     launch.start(launch.pruning_run(config, []), []).run()
     assert Plan.load(tmp_path / "run/plans/step-1.json") == plan
@@ -570,7 +570,7 @@ def test_pruning_a_finished_agent_resumes_exactly(once, dense, tmp_path, after):
 
 def test_a_plan_is_explained_saved_and_carried_out_on_the_checkpoint(dense, tmp_path):
     config = finished(dense, tmp_path / "run", explain=str(tmp_path / "plan.json"))
-    plan = launch.explain(config, [])
+    plan, _ = launch.explain(config, [])
     assert Plan.load(tmp_path / "plan.json") == plan
     assert not (tmp_path / "run").exists()
     given = replace(config.prune, plan=str(tmp_path / "plan.json"))

@@ -393,13 +393,12 @@ def test_a_calibration_that_touches_no_cut_layer_is_refused():
     network = tag(nn.Sequential(mlp(), nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)), "all").double()
     computation = computation_of(network, 4)
     structure = find_groups(computation)
-    whole = copy.deepcopy(network)
-    plan = plan_without(structure, {"0.0": [1]})
-    commit(plan, structure, computation)
+    plan, weights = plan_without(structure, {"0.0": [1]}), weights_of(network)
     stage = Stage((("3",),), lambda net, x, channels: net(x))
     calibration = Calibration(lambda whole: batches_of(3, 4), (stage,))
     with pytest.raises(UserError, match=r"none of these is touched"):
-        refit(plan, structure, whole, computation.networks, calibration)
+        commit_refitted(plan, structure, computation, calibration)
+    assert same(network, weights)
 
 
 def test_a_stage_that_never_runs_its_layer_is_refused():

@@ -23,7 +23,8 @@ _NOT_OF_THE_ARM = {
     *("seed", "run_dir", "resume", "device", "threads", "prune.method", "prune.plan", "task"),
     "start_from",
 }
-_PASSING = ("after", "recovering", "not recovered")  # moments in which a cut is not settled
+# Moments in which a cut is not settled.
+_PASSING = ("after", "mended", "not mended", "recovering", "not recovered")
 
 
 @dataclass(frozen=True)

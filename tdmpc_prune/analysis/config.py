@@ -17,7 +17,7 @@ from tdmpc_prune.agent.config import (
     NetworkConfig,
     PlannerConfig,
 )
-from tdmpc_prune.pruning.config import ALLOCATIONS, METRICS, RANKINGS, PruneConfig
+from tdmpc_prune.pruning.config import ALLOCATIONS, METRICS, TRACKED, PruneConfig
 from tdmpc_prune.settings import (
     RUN_OR_CHECKPOINT,
     Choice,
@@ -31,7 +31,7 @@ from tdmpc_prune.settings import (
 # What has no effect where units are only ranked, and where a dense agent is only counted.
 _OF_CUTS = (
     *("sparsity", "start", "end", "steps", "shape", "allocation", "round_to", "budgets"),
-    *("max_return_drop", "eval_episodes", "plan"),
+    *("distil", "max_return_drop", "eval_episodes", "plan"),
 )
 
 _FLOORS = ("min_width", "min_widths", "protect")
@@ -81,8 +81,8 @@ class SearchConfig:
     prune: PruneConfig = setting(
         lambda: PruneConfig(method="bayesian", min_width=2),
         "how units are ranked, and floors",
-        choices=RANKINGS,
-        unused=(*_OF_CUTS, "compare"),
+        choices=TRACKED,
+        unused=(*_OF_CUTS, "rotate", "compare"),
     )
     seed: int = setting(1, "of the batches")
     threads: int = setting(1, "CPU threads")
@@ -149,7 +149,7 @@ class CompareCoefficientsConfig(SearchConfig):
     prune: PruneConfig = setting(
         lambda: PruneConfig(method="bayesian", min_width=2),
         "floors; every arm has its own ranking",
-        unused=("method", *_OF_CUTS, "compare"),
+        unused=("method", *_OF_CUTS, "rotate", "compare"),
     )
     out: str = setting("coefficients", "of the files <out>.md and <out>.csv")
 
@@ -176,8 +176,8 @@ class SensitivityConfig:
     prune: PruneConfig = setting(
         lambda: PruneConfig(method="bayesian"),
         "which metric ranks the units, and how it is got",
-        choices=RANKINGS,
-        unused=(*_OF_CUTS, *_FLOORS),
+        choices=TRACKED,
+        unused=(*_OF_CUTS, *_FLOORS, "refit", "rotate"),
     )
     processes: int = setting(2, "that measure at the same time")
     seed: int = setting(1, "of batches and of the random order")

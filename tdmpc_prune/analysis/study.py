@@ -388,7 +388,7 @@ def _new_networks_return(run: Run, job: Job) -> list[float]:
 
 
 def _pruning(config: StudyConfig, job: Job) -> PruneConfig:
-    """One cut at the start, never undone. Arms without a metric of their own take bayesian's."""
+    """One plain cut at the start, never undone; arms without a metric take bayesian's."""
     arms = (DENSE, SMALL, REINITIALISED, COEFFICIENTS)
     return PruneConfig(
         method="bayesian" if job.arm in arms else job.arm,
@@ -397,6 +397,7 @@ def _pruning(config: StudyConfig, job: Job) -> PruneConfig:
         end=0.0,
         steps=1,
         allocation=config.allocation,
+        refit=False,
         min_width=config.min_width,
         round_to=1,
         max_return_drop=1e9,

@@ -25,15 +25,17 @@ from tdmpc_prune.autoencoder.computation import autoencoder_computation
 from tdmpc_prune.autoencoder.learner import AutoencoderLearner
 from tdmpc_prune.autoencoder.model import Autoencoder, psnr
 from tdmpc_prune.evaluation import EVALUATION_SEED, evaluate
+from tdmpc_prune.prunable import Calibration
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.pruning.groups import Structure, find_groups
 from tdmpc_prune.pruning.importance import Tracker
 from tdmpc_prune.pruning.plan import Plan
+from tdmpc_prune.pruning.refit import commit_refitted
 from tdmpc_prune.pruning.surgery import commit
 from tdmpc_prune.saving.autoencoders import is_autoencoder, load_autoencoder
 from tdmpc_prune.settings import from_plain
 from tdmpc_prune.training import launch
-from tdmpc_prune.training.autoencoder import AutoencoderTraining
+from tdmpc_prune.training.autoencoder import AutoencoderTraining, image_calibration
 from tdmpc_prune.training.config import AutoencoderConfig, PruneCheckpointConfig
 
 _LEAST_LOSS = 1e-3  # of an agent; the whole network's own would be 0, which has no logarithm
@@ -69,8 +71,9 @@ class Subject(Protocol):
         """Of one new batch; positive."""
 
     def measurement(self, plan: Plan, searching: bool = False) -> Callable[[], Score]:
-        """Cut a copy by `plan`; what comes back measures its score, here or in another process.
+        """Cut a copy by `plan`, and refit it unless the settings say not.
 
+        What comes back measures its score, here or in another process.
         A search has episodes or images of its own, so that its winner is not judged by luck.
         """
 
@@ -150,7 +153,12 @@ class _Autoencoder:
     def _cut(self, plan: Plan) -> Autoencoder:
         model = copy.deepcopy(self._model)
         computation = autoencoder_computation(model)
-        commit(plan, self.structure, computation)
+        if self._prune.refit:
+            seed = self._training.config.seed
+            calibration = image_calibration(model, self._training.images, seed)
+            commit_refitted(plan, self.structure, computation, calibration)
+        else:
+            commit(plan, self.structure, computation)
         return model
 
     def _learner(self, model: Autoencoder) -> AutoencoderLearner:
@@ -187,6 +195,11 @@ class _Agent:
         self._run.gather_all()
         return self._run.pruner.all_densities(1.0)
 
+    @cached_property
+    def _calibration(self) -> Calibration:
+        self._run.gather_all()
+        return self._training.calibration()
+
     def loss(self, networks: dict[str, nn.Module]) -> Tensor:
         """How differently action sequences are scored, and how differently the policy acts.
 
@@ -216,7 +229,10 @@ class _Agent:
     def measurement(self, plan: Plan, searching: bool = False) -> Callable[[], Score]:
         model, target = copy.deepcopy((self._learner.model, self._learner.target))
         computation = agent_computation(model, target, self._agent.config)
-        commit(plan, self.structure, computation)
+        if self._config.prune.refit:
+            commit_refitted(plan, self.structure, computation, self._calibration)
+        else:
+            commit(plan, self.structure, computation)
         seed = EVALUATION_SEED + (_SEARCH_SEED if searching else 0)
         agent = replace(self._agent, model=model)
         return partial(_return, agent, self._config.eval_episodes, seed)

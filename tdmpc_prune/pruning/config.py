@@ -51,6 +51,11 @@ class PruneConfig:
         "compensated, reconstruction: cut widths that are written and read linearly in the basis "
         "in which few units carry them",
     )
+    distil: int = setting(
+        0,
+        "an agent's offline training steps after a refit, at most, to follow what it was before; "
+        "only as long as its return is below 95 % of that, and they raise it",
+    )
     min_width: int = setting(16, "units that every group keeps at least")
     min_widths: dict[str, int] = setting(
         dict, "the same for a group, a component or `coupling`: {coupling: 16}"
@@ -96,7 +101,7 @@ class PruneConfig:
         for name in ("smoothing", "memory"):
             value = getattr(self, name)
             require(0 <= value < 1, f"prune.{name}={value} must lie in [0, 1)")
-        for name in ("max_return_drop", "confidence"):
+        for name in ("max_return_drop", "confidence", "distil"):
             value = getattr(self, name)
             require(value >= 0, f"prune.{name}={value} cannot be negative")
         require(
@@ -122,6 +127,8 @@ class PruneConfig:
             return Idle("prune.allocation", f"with prune={self.method}, whose gains are compared")
         if "prune.rotate" in given and not self.by_data:
             return Idle("prune.rotate", f"with prune={self.method}", "prune=compensated")
+        if "prune.distil" in given and self.distil and not self.refit:
+            return Idle("prune.distil", "with prune.refit=false", "prune.refit=true")
         if "prune.shape" in given and self.steps == 1:
             return Idle("prune.shape", "with prune.steps=1")
         gathered = ("prune.smoothing", "prune.memory", "prune.confidence")
@@ -170,12 +177,12 @@ _BY_DATA = {
     "reconstruction": "the same, all outputs alike",
 }
 
-_RANKINGS = {name: Choice(PruneConfig(name), text) for name, text in _MEANINGS.items()}
-_RANKINGS |= {
+# Where gradients on the way tell, where a cut may also be chosen by data, and where networks may
+# stay dense.
+TRACKED = {name: Choice(PruneConfig(name), text) for name, text in _MEANINGS.items()}
+_RANKINGS = TRACKED | {
     name: Choice(PruneConfig(name, min_width=2, round_to=1), text)
     for name, text in _BY_DATA.items()
 }
-
-# Where a network may also stay dense, and where something has to rank its units.
 METHODS = {"none": Choice(PruneConfig(), "nothing is cut, the networks stay dense"), **_RANKINGS}
 RANKINGS = {**_RANKINGS, "none": Choice(PruneConfig(), None)}

@@ -60,7 +60,8 @@ class Proposal:
 class Stage:
     """Where a run stands in its pruning; JSON types."""
 
-    phase: str = "gathering"  # then waiting → measured → cut → recovering → waiting, or → failed
+    # gathering, then waiting → measured → cut (→ mending → mended) → recovering → waiting | failed
+    phase: str = "gathering"
     gathered: int = 0  # updates whose gradients were gathered before the start
     step: int = 0  # steps taken; those beyond the schedule's are smaller cuts for undone ones
     kept: int = 0  # cuts that were not undone
@@ -71,6 +72,7 @@ class Stage:
     failed: float | None = None  # smallest sparsity that had to be undone
     undone: list[dict[str, float]] = field(default_factory=list)  # step, sparsity, score, least
     exhausted: bool = False  # nothing smaller than what was undone can be cut
+    offline_steps: int = 0  # of mending, that went into the present networks
     came_back: bool = False  # a score of the training has been as good as before the cut
     record: dict[str, Any] = field(default_factory=dict)  # of the step in progress
 
@@ -78,10 +80,11 @@ class Stage:
 class Pruner:
     """The pruning side of a run: decides what is due, and does it to the learner.
 
-    Each step is measured, cut, measured, trained for a while, and measured again; if its score has
-    not come back it is undone, and a smaller cut is tried while there is time. `due` says what
-    comes next, and every call of another method is one small step after which the run may be saved:
-    `state` is all that the rest depends on.
+    Each step is measured, cut, measured, mended offline as long as that is needed and helps,
+    trained for a while, and measured again; if its score has not come back it is undone, and a
+    smaller cut is tried while there is time. `due` says what comes next, and every call of another
+    method is one small step after which the run may be saved: `state` is all that the rest depends
+    on.
     """
 
     def __init__(
@@ -108,6 +111,8 @@ class Pruner:
             self.schedule = make_schedule(config, first, facts.last, facts.unit)
         self.stage = Stage(phase="gathering" if facts.gather else "waiting")
         self._before_cut: dict[str, Tensor] = {}
+        self._before_mending: dict[str, Tensor] = {}
+        self._made: Plan | None = None  # of the cut in progress
         self._tracker: Tracker | None = None
         self.attach(learner, computation)
 
@@ -201,6 +206,7 @@ class Pruner:
         return {
             "method": self.config.method,
             "refit": self.config.refit,
+            "offline_steps": stage.offline_steps,
             "cuts": stage.kept,
             "dense_score": dense,
             "dense_parameters": sum(self.facts.dense.values()),
@@ -244,7 +250,7 @@ class Pruner:
     # --- What is due --------------------------------------------------------------------------
 
     def due(self, now: int) -> str | None:
-        """What the run has to do now: gather, measure, cut, undo, or nothing (None)."""
+        """What the run has to do now: gather, measure, cut, mend, undo, or nothing (None)."""
         stage = self.stage
         if stage.phase == "gathering":
             return "gather"
@@ -258,8 +264,10 @@ class Pruner:
             return "measure" if come and known else None
         if stage.phase == "measured":
             return "cut"
-        if stage.phase == "cut":
+        if stage.phase in ("cut", "mended"):
             return "measure"
+        if stage.phase == "mending":
+            return "mend"
         if stage.phase == "failed":
             return "undo"
         recovered = stage.record["recovery"] is not None
@@ -325,8 +333,8 @@ class Pruner:
             values: mean, std, and what else is to be on file.
 
         Returns:
-            What it was ("before", "after", "recovering", "recovered", "not recovered"), and the
-            step's record so far.
+            What it was ("before", "after", "mended", "not mended", "recovering", "recovered", "not
+            recovered"), and the step's record so far.
         """
         stage, record = self.stage, self.stage.record
         self.scored(now, values["mean"])
@@ -339,8 +347,11 @@ class Pruner:
         back = values["mean"] >= back_at(record["before"]["mean"])
         if stage.phase == "cut":
             record |= {"after": values, "recovery": 0 if back else None}
-            stage.phase = "recovering"
+            record |= {"offline_steps": 0, "useful_steps": 0}
+            stage.phase = "recovering" if back or not self.config.distil else "mending"
             return "after", record
+        if stage.phase == "mended":
+            return self._judge_mending(values, back), record
         stage.came_back = False
         if back and record["recovery"] is None:
             record["recovery"] = now - record["cut_at"]
@@ -353,8 +364,26 @@ class Pruner:
         stage.kept += record["kept"]
         stage.phase = "waiting" if record["kept"] else "failed"
         if record["kept"]:
-            self._before_cut = {}
+            self._before_cut, self._made = {}, None
         return ("recovered" if record["kept"] else "not recovered"), record
+
+    def _judge_mending(self, values: dict[str, float], back: bool) -> str:
+        """Keep what offline steps have made better; say whether they have."""
+        stage, record = self.stage, self.stage.record
+        better = values["mean"] > record.get("mended", record["after"])["mean"]
+        if better:
+            record["mended"] = values
+            record["recovery"] = 0 if back else None
+            stage.offline_steps += record["last_steps"]
+            record["useful_steps"] += record["last_steps"]
+        else:
+            for name, network in self._computation.networks.items():
+                network.load_state_dict(_part(self._before_mending, name))
+            stage.changes += 1
+        self._before_mending = {}
+        over = back or record["offline_steps"] >= self.config.distil
+        stage.phase = "recovering" if over else "mending"
+        return "mended" if better else "not mended"
 
     # --- Cutting and undoing ------------------------------------------------------------------
 
@@ -481,7 +510,10 @@ class Pruner:
             self._tracker.forget()
             for optimiser in optimisers:
                 optimiser.state.clear()
-        self._before_cut = before
+        if proposal.weights:
+            turned = proposal.weights[self.structure.counted]
+            before |= {f"turned/{name}": tensor.clone() for name, tensor in turned.items()}
+        self._before_cut, self._made = before, plan
         stage.step += 1
         stage.changes += 1
         stage.came_back = False
@@ -494,6 +526,27 @@ class Pruner:
         stage.phase = "cut"
         return refit
 
+    def whole(self) -> tuple[dict[str, Tensor], Plan]:
+        """The model's weights before the cut in progress, in its basis, and its plan."""
+        return _part(self._before_cut, "turned") or _part(self._before_cut, "model"), self._made
+
+    def networks(self) -> dict[str, Tensor]:
+        """Copies of the weights of all networks, by "network/tensor"."""
+        return {
+            f"{network}/{name}": tensor.clone()
+            for network, own in self._computation.networks.items()
+            for name, tensor in own.state_dict().items()
+        }
+
+    def mended(self, before: dict[str, Tensor], steps: int) -> None:
+        """The networks, which were as in `before`, were trained offline for so many steps."""
+        stage = self.stage
+        self._before_mending = before
+        stage.record["last_steps"] = steps
+        stage.record["offline_steps"] += steps
+        stage.changes += 1
+        stage.phase = "mended"
+
     def skip(self) -> None:
         """The next step has nothing to cut: an earlier one went far enough, or failed."""
         self.stage.step += 1
@@ -502,7 +555,7 @@ class Pruner:
 
     def undo(self, learner: Learner, computation: Computation) -> None:
         """Take up `learner`, which was made from `before_cut`, in place of the present one."""
-        tracked = self._part("tracker")
+        tracked = _part(self._before_cut, "tracker")
         self.attach(learner, computation)
         self._tracker.load_state(tracked, self.structure, learner.model)
         record = self.stage.record
@@ -515,13 +568,14 @@ class Pruner:
                 "least": record["least"],
             }
         )
+        self.stage.offline_steps -= record["useful_steps"]
         self.stage.changes += 1
         self.stage.phase = "waiting"
-        self._before_cut = {}
+        self._before_cut, self._made = {}, None
 
     def before_cut(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The model's weights and its learner's state as they were before the cut in progress."""
-        return self._part("model"), self._part("learner")
+        return _part(self._before_cut, "model"), _part(self._before_cut, "learner")
 
     def _snapshot(self) -> dict[str, Tensor]:
         """Copies of networks, optimisers and tracker."""
@@ -537,15 +591,6 @@ class Pruner:
             for name, tensor in tensors.items()
         }
 
-    def _part(self, part: str) -> dict[str, Tensor]:
-        """One part of the snapshot."""
-        prefix = f"{part}/"
-        return {
-            name.removeprefix(prefix): tensor
-            for name, tensor in self._before_cut.items()
-            if name.startswith(prefix)
-        }
-
     # --- Saving -------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -553,7 +598,9 @@ class Pruner:
         tensors = {f"now/{name}": tensor for name, tensor in self._tracker.state().items()}
         values = {"stage": vars(self.stage), "schedule": vars(self.schedule)}
         values["given"] = asdict(self._given) if self._given else None
-        return values, tensors | self._before_cut
+        values["made"] = asdict(self._made) if self._made else None
+        mending = {f"mending/{name}": tensor for name, tensor in self._before_mending.items()}
+        return values, tensors | mending | self._before_cut
 
     def load_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Go on from what `state` returned; the learner of that time is attached.
@@ -564,6 +611,7 @@ class Pruner:
         self.stage = Stage(**values["stage"])
         self.schedule = Schedule(**values["schedule"])
         self._given = Plan.of(values["given"]) if values["given"] else None
+        self._made = Plan.of(values["made"]) if values.get("made") else None
         if self.schedule.end > self.facts.last:
             raise UserError(
                 f"{self.facts.unit}={self.facts.last} would end the run before its pruning "
@@ -571,6 +619,20 @@ class Pruner:
             )
         if "until" in self.stage.record:
             self.stage.record["until"] = min(self.stage.record["until"], self.facts.last)
-        now = {n.removeprefix("now/"): t for n, t in tensors.items() if n.startswith("now/")}
-        self._tracker.load_state(now, self.structure, self._learner.model)
-        self._before_cut = {n: t for n, t in tensors.items() if not n.startswith("now/")}
+        self._tracker.load_state(_part(tensors, "now"), self.structure, self._learner.model)
+        self._before_mending = _part(tensors, "mending")
+        self._before_cut = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if not name.startswith(("now/", "mending/"))
+        }
+
+
+def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """One part of the tensors that are named "part/name"."""
+    prefix = f"{part}/"
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

@@ -99,10 +99,18 @@ def commit_refitted(
         The groups that are left, and what the refit did.
 
     Raises:
-        UserError, SurgeryError: see `commit` and `refit`.
+        UserError: the calibration fits none of the layers that are cut; see `refit`.
+        SurgeryError: see `commit`.
     """
     whole = computation.networks[structure.counted]
     optimisers = list(optimisers)
+    touched, fitted = _touched(plan, structure), calibration.layers
+    if not touched.intersection(fitted):
+        raise UserError(
+            f"the calibration fits {', '.join(fitted) or 'no layer'}, and none of these is touched "
+            f"by the cut ({', '.join(sorted(touched)) or 'nothing is cut'}): give it stages with "
+            f"the layers around the cut"
+        )
     trial = replace(computation, networks=copy.deepcopy(computation.networks))
     commit(plan, structure, trial)
     report = refit(plan, structure, whole, trial.networks, calibration)
@@ -133,23 +141,10 @@ def refit(
         optimisers: of the networks' parameters; they start afresh.
 
     Raises:
-        UserError: the calibration does not fit the cut, or its data is too little, constant or not
-            finite. Nothing is changed then.
+        UserError: the calibration's data is too little, constant or not finite. Nothing is changed
+            then.
     """
     cut, *followers = networks.values()
-    touched = {
-        layer
-        for group in structure.groups
-        if plan.removed.get(group.name)
-        for layer in group.layers
-    }
-    fitted = [name for stage in calibration.stages for wave in stage.layers for name in wave]
-    if not touched.intersection(fitted):
-        raise UserError(
-            f"the calibration fits {', '.join(fitted) or 'no layer'}, and none of these is touched "
-            f"by the cut ({', '.join(sorted(touched)) or 'nothing is cut'}): give it stages with "
-            f"the layers around the cut"
-        )
     kept, everything = kept_channels(plan, structure, whole), all_channels(whole)
     with whole_or_restored(networks), _evaluating(whole, *networks.values()), torch.no_grad():
         batches = calibration.batches(whole)
@@ -162,7 +157,18 @@ def refit(
             _copy(cut, follower)
     for optimiser in optimisers:
         optimiser.state.clear()
-    return Refit(tuple(fits), tuple(sorted(touched.difference(fitted))))
+    left = _touched(plan, structure).difference(calibration.layers)
+    return Refit(tuple(fits), tuple(sorted(left)))
+
+
+def _touched(plan: Plan, structure: Structure) -> set[str]:
+    """The layers that a plan cuts."""
+    return {
+        layer
+        for group in structure.groups
+        if plan.removed.get(group.name)
+        for layer in group.layers
+    }
 
 
 def calibration_of(

@@ -20,7 +20,7 @@ from torch import Tensor
 from envs import StepError, make_env
 from envs.tasks import default_action_repeat
 from tdmpc_prune.agent.agent import Agent
-from tdmpc_prune.agent.calibration import agent_calibration, draw_pool
+from tdmpc_prune.agent.calibration import Pool, agent_calibration, draw_pool
 from tdmpc_prune.agent.computation import agent_computation
 from tdmpc_prune.agent.learner import Learner
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan
@@ -30,15 +30,17 @@ from tdmpc_prune.errors import UserError
 from tdmpc_prune.evaluation import EVALUATION_SEED, Evaluation, check_sizes, evaluate
 from tdmpc_prune.machine import choose_device
 from tdmpc_prune.prunable import Calibration, Computation, component_parameters
+from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.saving.agents import load_agent, load_agents, write_agent
 from tdmpc_prune.saving.run_folder import RunFolder
 from tdmpc_prune.settings import typed
 from tdmpc_prune.training import report
 from tdmpc_prune.training.config import TrainConfig
 from tdmpc_prune.training.log import Averages, RunLog
+from tdmpc_prune.training.mending import mend
 from tdmpc_prune.words import counted, mean_and_std
 
-CALIBRATION_STARTS = 1_500  # states that sequences start from: 60 000 rows at horizon 5
+_CALIBRATION_STARTS = 1_500  # states that sequences start from: 60 000 rows at horizon 5
 BROKEN_IN_A_ROW = 3  # episodes, after which a run does not go on
 
 
@@ -362,9 +364,19 @@ class AgentTraining:
         return agent_computation(self.learner.model, self.learner.target, self.config.model)
 
     def calibration(self) -> Calibration:
-        horizon = self.config.model.planner.horizon
-        pool = draw_pool(self.model, self.replay, horizon, CALIBRATION_STARTS, self.config.seed)
-        return agent_calibration(self.model, pool, self.config.model)
+        return agent_calibration(self.model, self._pool(self.model), self.config.model)
+
+    def mend(self, whole: Mapping[str, Tensor], plan: Plan, done: int, most: int) -> int:
+        teacher = WorldModel(Widths.of_weights(whole)).to(self.device)
+        teacher.load_state_dict(whole)
+        model, target, config = self.model, self.learner.target, self.config
+        pool = self._pool(teacher)
+        return mend(model, target, teacher, plan, pool, config.model, (done, most), config.seed)
+
+    def _pool(self, model: WorldModel) -> Pool:
+        """What a cut agent is to be good at."""
+        horizon, seed = self.config.model.planner.horizon, self.config.seed
+        return draw_pool(model, self.replay, horizon, _CALIBRATION_STARTS, seed)
 
     def conclude(self, folder: RunFolder, log: RunLog) -> list[str]:
         """The run's agents are timed in turn: the dense one, those of every cut, the last one."""

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from tdmpc_prune.autoencoder.computation import autoencoder_computation
-from tdmpc_prune.autoencoder.data import load_images
+from tdmpc_prune.autoencoder.data import Images, load_images
 from tdmpc_prune.autoencoder.learner import AutoencoderLearner
 from tdmpc_prune.autoencoder.model import Autoencoder, Widths, psnr
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.prunable import Calibration, Computation, component_parameters
+from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.refit import calibration_of
 from tdmpc_prune.saving.autoencoders import SavedAutoencoder, load_autoencoder, write_autoencoder
 from tdmpc_prune.saving.run_folder import RunFolder
@@ -29,7 +30,7 @@ from tdmpc_prune.training.config import AutoencoderConfig
 from tdmpc_prune.training.log import Averages, RunLog
 from tdmpc_prune.words import counted
 
-CALIBRATION_IMAGES = 1_000
+_CALIBRATION_IMAGES = 1_000
 _CALIBRATION_BATCH = 50
 _SHOWN = 10  # images in the pictures
 
@@ -156,20 +157,10 @@ class AutoencoderTraining:
         return autoencoder_computation(self.model)
 
     def calibration(self) -> Calibration:
-        """Images to learn from; what matters is every pixel of the reconstruction."""
-        batches = self.images.train[:CALIBRATION_IMAGES].split(_CALIBRATION_BATCH)
+        return image_calibration(self.model, self.images, self.config.seed)
 
-        def reconstruct(network: nn.Module, images: Tensor) -> Tensor:
-            return network(images)
-
-        def felt(network: nn.Module, images: Tensor) -> Tensor:
-            signs = torch.Generator().manual_seed(self.config.seed)
-            reconstructed = network(images)
-            return (
-                reconstructed * torch.randint(0, 2, images.shape, generator=signs).mul(2).sub(1)
-            ).sum()
-
-        return replace(calibration_of(self.model, batches, reconstruct), sensitivity=felt)
+    def mend(self, whole: Mapping[str, Tensor], plan: Plan, done: int, most: int) -> int:
+        raise UserError("prune.distil is for agents; an autoencoder's cut is only refitted")
 
     @torch.no_grad()
     def conclude(self, folder: RunFolder, log: RunLog) -> list[str]:
@@ -254,3 +245,18 @@ class AutoencoderTraining:
 
     def measurement(self, values: dict[str, Any]) -> Fidelity:
         return Fidelity(**values)
+
+
+def image_calibration(model: Autoencoder, images: Images, seed: int) -> Calibration:
+    """How a cut autoencoder is fitted: on images to learn from; every pixel matters."""
+    batches = images.train[:_CALIBRATION_IMAGES].split(_CALIBRATION_BATCH)
+
+    def reconstruct(network: nn.Module, batch: Tensor) -> Tensor:
+        return network(batch)
+
+    def felt(network: nn.Module, batch: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randint(0, 2, batch.shape, generator=generator) * 2 - 1
+        return (signs * network(batch)).sum()
+
+    return replace(calibration_of(model, batches, reconstruct), sensitivity=felt)

@@ -101,7 +101,7 @@ class AutoencoderConfig:
         lambda: PruneConfig(min_width=4, round_to=2),
         "whether and how to compress while training",
         choices=METHODS,
-        unused=("eval_episodes", "gather_episodes"),
+        unused=("distil", "eval_episodes", "gather_episodes"),
     )
     seed: int = setting(1, "of everything random")
     updates: int = setting(8_000, "length of the training")

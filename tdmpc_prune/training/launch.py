@@ -31,7 +31,7 @@ _KINDS = {TrainConfig: ("an agent", "train.py")}
 _KINDS |= {AutoencoderConfig: ("an autoencoder", "train_autoencoder.py")}
 _OF_AGENTS = {  # settings of `PruneCheckpointConfig`
     *("env_steps", "device", "eval_episodes"),
-    *("prune.eval_episodes", "prune.gather_episodes"),
+    *("prune.distil", "prune.eval_episodes", "prune.gather_episodes"),
 }
 _OF_AUTOENCODERS = {"updates"}
 
@@ -194,7 +194,7 @@ def _of_autoencoder(config: PruneCheckpointConfig, given: list[str]) -> Autoenco
     saved = load_autoencoder(config.checkpoint)
     return replace(
         from_plain(AutoencoderConfig, saved.config),
-        prune=replace(config.prune, **own),
+        prune=replace(config.prune, distil=0, **own),
         seed=config.seed,
         updates=saved.provenance["updates"] + config.updates,
         eval_every=config.eval_every or 500,

@@ -62,11 +62,15 @@ def sentence(record: dict[str, Any], pruner: Pruner) -> str:
     outcome = "kept" if record["kept"] else f"UNDONE: below {record['least']:.4g}"
     step, steps = record["step"], pruner.schedule.steps
     which = f"of {steps}" if step <= steps else "(smaller, in place of one undone)"
+    mended = ""
+    if "mended" in record:
+        steps = counted(record["useful_steps"], "offline step")
+        mended = f"{record['mended']['mean']:.4g} after {steps}, "
     return (
         f"cut {step} {which} at {record['cut_at']:,} {unit}: sparsity "
         f"{record['sparsity']:.3f} ({record['parameters']:,} parameters), {pruner.facts.score} "
         f"{record['before']['mean']:.4g} before, {record['after']['mean']:.4g} right after, "
-        f"{record['recovered']['mean']:.4g} recovered ({took}); {outcome}"
+        f"{mended}{record['recovered']['mean']:.4g} recovered ({took}); {outcome}"
     )
 
 

@@ -151,6 +151,8 @@ class Run:
             self._advance()
         elif due == "measure":
             self._measure()
+        elif due == "mend":
+            self._mend()
         elif due == "undo":
             self._undo()
         elif self.now >= self.clocks.next_evaluation:
@@ -316,6 +318,17 @@ class Run:
         if refit:
             self.folder.write_plan(step, plan.as_json(), f"{plan.explain()}\n\n{refit.table()}")
             self.log.refit(now, step, refit)
+
+    def _mend(self) -> None:
+        """Train the cut networks offline against those before the cut."""
+        pruner, trainee, record = self.pruner, self.trainee, self.pruner.stage.record
+        self.log.progress(doing="mending")
+        whole, plan = pruner.whole()
+        before = pruner.networks()
+        steps = trainee.mend(whole, plan, record["offline_steps"], self.config.prune.distil)
+        pruner.mended(before, steps)
+        self.log.progress(doing="")
+        self.log.record("mending", self.now, step=record["step"], steps=steps)
 
     def calibration(self) -> Calibration | None:
         """The data for the next cut, if it needs any. Raises UserError: there is none."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from tdmpc_prune.prunable import Calibration, Computation, Learner
+from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.saving.run_folder import RunFolder
 from tdmpc_prune.training.log import Averages, RunLog
 
@@ -126,6 +127,22 @@ class Trainee(Protocol):
 
         Raises:
             UserError: there is not enough yet.
+        """
+
+    def mend(self, whole: Mapping[str, Tensor], plan: Plan, done: int, most: int) -> int:
+        """Train the networks offline to follow what they were before a cut.
+
+        Args:
+            whole: the model's weights before it, in the basis that the plan is of.
+            plan: of the cut.
+            done: steps tried before, since the cut.
+            most: of them in all.
+
+        Returns:
+            Steps done now, at least one.
+
+        Raises:
+            NonFiniteLoss, UserError: nothing has changed.
         """
 
     def take_learner(self, model: nn.Module, state: Mapping[str, Tensor], updates: int) -> None:

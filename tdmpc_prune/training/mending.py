@@ -1,0 +1,67 @@
+"""Offline steps for a cut agent whose refit did not bring its return back (ours).
+
+First encoder and dynamics alone, on the latents, after which the heads are fitted again in closed
+form: short, and the steadiest. If that is not enough, everything at once. Each starts from the best
+so far; the run measures the return and says whether to go on.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from tdmpc_prune.agent.calibration import Pool, agent_calibration, is_head, latent_channels
+from tdmpc_prune.agent.computation import agent_computation
+from tdmpc_prune.agent.config import AgentConfig
+from tdmpc_prune.agent.distillation import Teaching, distil, latent_steps
+from tdmpc_prune.agent.world_model import WorldModel
+from tdmpc_prune.pruning.groups import find_groups
+from tdmpc_prune.pruning.plan import Plan
+from tdmpc_prune.pruning.refit import kept_channels, refit
+
+LATENT_STEPS = 300
+
+
+def mend(
+    model: WorldModel,
+    target: WorldModel,
+    whole: WorldModel,
+    plan: Plan,
+    pool: Pool,
+    config: AgentConfig,
+    steps: tuple[int, int],
+    seed: int,
+) -> int:
+    """Train a cut agent offline to follow what it was.
+
+    Args:
+        model: after the cut and its refit; changed in place.
+        target: becomes its copy.
+        whole: before the cut, in the basis of the plan's units.
+        plan: of the cut.
+        pool: what both are followed along.
+        config: of the agent.
+        steps: tried before, and to be tried in all.
+        seed: which starts are in a step.
+
+    Returns:
+        Steps done now.
+
+    Raises:
+        NonFiniteLoss, UserError: see `distil` and `refit`.
+    """
+    done, most = steps
+    structure = find_groups(agent_computation(whole, copy.deepcopy(whole), config))
+    channels = latent_channels(kept_channels(plan, structure, whole), whole)
+    teaching = Teaching.of(whole, pool, channels)
+    now = most - done if done else min(LATENT_STEPS, most)
+    if done:
+        distil(model, teaching, now, seed=seed)
+    else:
+        latent_steps(model, teaching, now, seed=seed)
+        heads = agent_calibration(whole, pool, config).only(is_head)
+        refit(plan, structure, whole, {"model": model}, heads)
+    with torch.no_grad():
+        target.load_state_dict(model.state_dict())
+    return now
