@@ -84,14 +84,14 @@ def test_a_buffer_without_a_sequence_is_refused(model, lengths):
 
 def test_lessons_are_what_the_agent_computes(model):
     pool = draw_pool(model, replay_with(60), HORIZON, 30)
-    parts = lessons(model, pool, size=20)
-    assert [len(part.observations) for part in parts] == [20, 10]
+    parts = lessons(model, pool)
+    assert [len(part.observations) for part in parts] == [3] * 10
     latent = model.encode(parts[1].observations)
     torch.testing.assert_close(parts[1].latents[0, :, 3], latent)
     latent = model.next_latent(latent, parts[1].actions[0, :, 3])
     torch.testing.assert_close(parts[1].latents[1, :, 3], latent)
     torch.testing.assert_close(parts[1].policy[1, :, 3], model.act(latent))
-    assert parts[0].ends.shape == (HORIZON + 1, 20, SEQUENCES, ACTION)
+    assert parts[0].ends.shape == (HORIZON + 1, 3, SEQUENCES, ACTION)
 
 
 def cut(model, sparsity, starts=300):
@@ -133,7 +133,7 @@ def test_an_agent_is_rotated_cut_and_refitted(model):
     assert all(fit.after <= fit.before for fit in report.layers)
     assert fitted["reward.4"].after < 0.5 * fitted["reward.4"].before
     teaching = Teaching.of(whole, pool, latents)
-    starts = torch.arange(300)
+    starts = torch.arange(len(pool.observations))
     with torch.no_grad():
         assert teaching.error(student, starts) < 0.3 * teaching.error(plain, starts)
     assert all(

@@ -413,7 +413,7 @@ def test_a_cut_that_fails_stops_the_run_with_its_networks_whole(tmp_path, monkey
     def fail(*_):
         raise SurgeryError("on purpose")
 
-    monkeypatch.setattr("tdmpc_prune.pruning.refit.commit", fail)
+    monkeypatch.setattr("tdmpc_prune.pruning.refit.committing", fail)
     trainer = launch.start(pruning_config(tmp_path / "run"), [])
     with pytest.raises(RunError, match="cut 1 was undone and the run stopped: on purpose"):
         trainer.run()

@@ -69,7 +69,7 @@ def draw_pool(
         model: the agent before it is cut; its policy gives some of the sequences.
         replay: what it has seen.
         horizon: decisions of a sequence.
-        starts: N.
+        starts: N, at most; of a small buffer two for each state.
         seed: of starts and noise.
 
     Raises:
@@ -85,6 +85,7 @@ def draw_pool(
             f"the replay buffer holds no {horizon + 1} decisions in a row ({count} in all): there "
             f"is nothing to calibrate with; resume from a run's folder, or play episodes first"
         )
+    starts = min(starts, 2 * len(may_start))
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     newest = may_start[-max(1, int(_RECENT * len(may_start))) :]
     chosen = np.empty(starts, np.int64)
@@ -111,8 +112,9 @@ def draw_pool(
 
 
 @torch.no_grad()
-def lessons(model: WorldModel, pool: Pool, size: int = _BATCH, seed: int = 0) -> list[Lesson]:
-    """What the whole agent computes along a pool, `size` starts in each part."""
+def lessons(model: WorldModel, pool: Pool, seed: int = 0) -> list[Lesson]:
+    """What the whole agent computes along a pool, in at least ten parts if there are ten starts."""
+    size = min(_BATCH, max(1, len(pool.observations) // 10))
     generator = torch.Generator().manual_seed(seed)
     found = []
     for observations, actions in zip(

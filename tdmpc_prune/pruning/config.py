@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tdmpc_prune.settings import Choice, Idle, among, require, setting
 
@@ -126,9 +126,11 @@ class PruneConfig:
         if "prune.allocation" in given and self.by_data:
             return Idle("prune.allocation", f"with prune={self.method}, whose gains are compared")
         if "prune.rotate" in given and not self.by_data:
-            return Idle("prune.rotate", f"with prune={self.method}", "prune=compensated")
+            return Idle(
+                "prune.rotate", f"with prune={self.method}, which keeps the networks' basis"
+            )
         if "prune.distil" in given and self.distil and not self.refit:
-            return Idle("prune.distil", "with prune.refit=false", "prune.refit=true")
+            return Idle("prune.distil", "with prune.refit=false")
         if "prune.shape" in given and self.steps == 1:
             return Idle("prune.shape", "with prune.steps=1")
         gathered = ("prune.smoothing", "prune.memory", "prune.confidence")
@@ -180,9 +182,12 @@ _BY_DATA = {
 # Where gradients on the way tell, where a cut may also be chosen by data, and where networks may
 # stay dense.
 TRACKED = {name: Choice(PruneConfig(name), text) for name, text in _MEANINGS.items()}
-_RANKINGS = TRACKED | {
+_RANKINGS = {
     name: Choice(PruneConfig(name, min_width=2, round_to=1), text)
     for name, text in _BY_DATA.items()
-}
+} | TRACKED
 METHODS = {"none": Choice(PruneConfig(), "nothing is cut, the networks stay dense"), **_RANKINGS}
 RANKINGS = {**_RANKINGS, "none": Choice(PruneConfig(), None)}
+
+# One cut of what has been learnt, mended offline where that is needed.
+ONE_CUT = replace(RANKINGS["compensated"].value, start=0.0, steps=1, distil=2_000, eval_episodes=10)

@@ -281,6 +281,11 @@ class Pruner:
         return useful and not self._reached and 0 < spacing <= self.facts.last - now
 
     @property
+    def _most_offline(self) -> int:
+        """Offline steps after a cut; without a refit they would start from nothing good."""
+        return self.config.distil if self.config.refit else 0
+
+    @property
     def _reached(self) -> bool:
         return self.sparsity >= self.schedule.sparsity - 1e-9
 
@@ -348,7 +353,7 @@ class Pruner:
         if stage.phase == "cut":
             record |= {"after": values, "recovery": 0 if back else None}
             record |= {"offline_steps": 0, "useful_steps": 0}
-            stage.phase = "recovering" if back or not self.config.distil else "mending"
+            stage.phase = "recovering" if back or not self._most_offline else "mending"
             return "after", record
         if stage.phase == "mended":
             return self._judge_mending(values, back), record
@@ -381,7 +386,7 @@ class Pruner:
                 network.load_state_dict(_part(self._before_mending, name))
             stage.changes += 1
         self._before_mending = {}
-        over = back or record["offline_steps"] >= self.config.distil
+        over = back or record["offline_steps"] >= self._most_offline
         stage.phase = "recovering" if over else "mending"
         return "mended" if better else "not mended"
 

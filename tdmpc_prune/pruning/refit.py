@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from tdmpc_prune.prunable import Calibration, Channels, Computation, Stage
 from tdmpc_prune.pruning.layers import Norm, Product, Watch
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.structure import Structure
-from tdmpc_prune.pruning.surgery import commit
+from tdmpc_prune.pruning.surgery import committing
 
 _RIDGES = (1e-4, 1e-7, 1e-10)  # times the mean variance of the inputs
 _AS_GOOD = 1.1  # the strongest ridge whose held-out error is within this factor of the least
@@ -86,8 +86,6 @@ def commit_refitted(
 ) -> tuple[Structure, Refit]:
     """Carry out a plan and refit what it leaves, or change nothing.
 
-    It is tried on copies first; what then happens to the networks themselves cannot fail.
-
     Args:
         plan: what to cut.
         structure: the groups of `computation`, as they are.
@@ -102,7 +100,7 @@ def commit_refitted(
         UserError: the calibration fits none of the layers that are cut; see `refit`.
         SurgeryError: see `commit`.
     """
-    whole = computation.networks[structure.counted]
+    whole = copy.deepcopy(computation.networks[structure.counted])
     optimisers = list(optimisers)
     touched, fitted = _touched(plan, structure), calibration.layers
     if not touched.intersection(fitted):
@@ -111,15 +109,9 @@ def commit_refitted(
             f"by the cut ({', '.join(sorted(touched)) or 'nothing is cut'}): give it stages with "
             f"the layers around the cut"
         )
-    trial = replace(computation, networks=copy.deepcopy(computation.networks))
-    commit(plan, structure, trial)
-    report = refit(plan, structure, whole, trial.networks, calibration)
-    left = commit(plan, structure, computation, optimisers)
-    for name, network in computation.networks.items():
-        network.load_state_dict(trial.networks[name].state_dict())
-    for optimiser in optimisers:
-        optimiser.state.clear()
-    return left, report
+    with committing(plan, structure, computation, optimisers) as left:
+        report = refit(plan, structure, whole, computation.networks, calibration, optimisers)
+        return left, report
 
 
 def refit(

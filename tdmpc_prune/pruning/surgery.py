@@ -7,6 +7,7 @@ channels in another way, or calculates with other numbers, the cut is undone.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -46,7 +47,21 @@ def commit(
     computation: Computation,
     optimisers: Iterable[torch.optim.Optimizer] = (),
 ) -> Structure:
+    """Carry out a plan; see `committing`."""
+    with committing(plan, structure, computation, optimisers) as left:
+        return left
+
+
+@contextlib.contextmanager
+def committing(
+    plan: Plan,
+    structure: Structure,
+    computation: Computation,
+    optimisers: Iterable[torch.optim.Optimizer] = (),
+) -> Iterator[Structure]:
     """Cut all networks of the computation, and the optimisers' moments.
+
+    If the body raises, the cut is taken back.
 
     Args:
         plan: what to cut.
@@ -54,7 +69,7 @@ def commit(
         computation: its networks are cut in place.
         optimisers: of any of their parameters.
 
-    Returns:
+    Yields:
         The groups that are left.
 
     Raises:
@@ -104,7 +119,11 @@ def commit(
         raise SurgeryError(
             f"{groups or 'the network'} cannot be cut, and nothing was: {what}"
         ) from error
-    return left
+    try:
+        yield left
+    except BaseException:
+        cut.undo()
+        raise
 
 
 def _changed(

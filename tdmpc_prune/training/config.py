@@ -13,7 +13,7 @@ from tdmpc_prune.agent.config import PRESETS, AgentConfig
 from tdmpc_prune.autoencoder.config import IMAGES, DataConfig
 from tdmpc_prune.autoencoder.config import LearningConfig as AutoencoderLearningConfig
 from tdmpc_prune.autoencoder.config import NetworkConfig as AutoencoderNetworkConfig
-from tdmpc_prune.pruning.config import METHODS, RANKINGS, PruneConfig
+from tdmpc_prune.pruning.config import METHODS, ONE_CUT, RANKINGS, PruneConfig
 from tdmpc_prune.settings import RUN_OR_CHECKPOINT, Idle, among, check_machine, require, setting
 
 
@@ -145,13 +145,11 @@ class PruneCheckpointConfig:
     """Pruning of a finished agent or autoencoder."""
 
     checkpoint: str = setting(MISSING, RUN_OR_CHECKPOINT, positional=True)
-    prune: PruneConfig = setting(
-        lambda: PruneConfig(method="bayesian", start=0.0), "how to compress", choices=RANKINGS
-    )
+    prune: PruneConfig = setting(ONE_CUT, "how to compress", choices=RANKINGS)
     env_steps: int = setting(
-        20_000, "an agent's training from here to the end, in simulator steps; 0 only cuts"
+        0, "an agent's training from here to the end, in simulator steps; 0 only cuts"
     )
-    updates: int = setting(4_000, "an autoencoder's training from here to the end; 0 only cuts")
+    updates: int = setting(0, "an autoencoder's training from here to the end; 0 only cuts")
     seed: int = setting(1, "of everything random")
     run_dir: str | None = setting(
         None, "folder of the run; null takes runs/<task>/<prune>-of-finished/seed<seed>"
