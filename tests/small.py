@@ -29,6 +29,7 @@ def small_config(run_dir, **changes) -> TrainConfig:
 
 PRUNE = PruneConfig(
     method="bayesian",
+    refit=False,  # test_refitted_runs.py has it; it takes as long as all else
     sparsity=0.7,
     start=0.2,
     end=0.8,

@@ -413,7 +413,7 @@ def test_a_cut_that_fails_stops_the_run_with_its_networks_whole(tmp_path, monkey
     def fail(*_):
         raise SurgeryError("on purpose")
 
-    monkeypatch.setattr("tdmpc_prune.pruning.refit.committing", fail)
+    monkeypatch.setattr("tdmpc_prune.pruning.pruner.commit", fail)
     trainer = launch.start(pruning_config(tmp_path / "run"), [])
     with pytest.raises(RunError, match="cut 1 was undone and the run stopped: on purpose"):
         trainer.run()
@@ -480,7 +480,7 @@ def test_the_checkpoints_evaluation_is_not_played_again(dense, tmp_path, monkeyp
 
 def test_one_cut_without_recovery_changes_no_weight_that_stays(dense, tmp_path):
     config = finished(dense, tmp_path / "run", env_steps=0)
-    config = replace(config, prune=replace(config.prune, steps=1, refit=False))
+    config = replace(config, prune=replace(config.prune, steps=1))
     launch.start(launch.pruning_run(config, []), []).run()
     plan = Plan.load(tmp_path / "run/plans/step-1.json")
     before, after = load_agent(dense).model, load_agent(tmp_path / "run").model

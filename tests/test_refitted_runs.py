@@ -25,7 +25,14 @@ from tests.test_pruning_runs import assert_same_pruning, resume
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 ONE_CUT = replace(
-    PRUNE, method="compensated", start=0.0, steps=1, distil=310, sparsity=0.6, compare=False
+    PRUNE,
+    method="compensated",
+    refit=True,
+    start=0.0,
+    steps=1,
+    distil=310,
+    sparsity=0.6,
+    compare=False,
 )
 
 
@@ -153,7 +160,7 @@ def test_offline_steps_bring_the_student_closer_to_the_rotated_whole(dense, tmp_
         trainer.log = trainer.log or _log(trainer)
         trainer.step()
     whole, plan = trainer.pruner.whole()
-    pool = trainer.trainee._pool(trainer.trainee.model)
+    pool = trainer.trainee.pool(trainer.trainee.model)
     teacher = WorldModel(trainer.trainee._dense_widths())
     teacher.load_state_dict(whole)
     structure = mending.find_groups(
@@ -185,7 +192,7 @@ def _log(trainer):
 
 # --- In training ----------------------------------------------------------------------------------
 
-LAST = replace(PRUNE, method="compensated", steps=2, distil=305)
+LAST = replace(PRUNE, method="compensated", refit=True, steps=2, distil=305)
 
 
 @contextlib.contextmanager

@@ -224,6 +224,13 @@ def is_head(layer: str) -> bool:
     return layer.partition(".")[0] in ("reward", "policy", "q_ensemble")
 
 
+def last_layers(model: WorldModel) -> set[str]:
+    """The last layer of each component: no activation follows it."""
+    parts = {name: getattr(model, name) for name in ("encoder", "dynamics", "reward", "policy")}
+    parts |= {f"q_ensemble.{k}": q for k, q in enumerate(model.q_ensemble)}
+    return {_layers(part, name)[-1] for name, part in parts.items()}
+
+
 def latent_channels(channels: Channels, model: WorldModel) -> Tensor:
     """The latent's channels among the output channels of all layers."""
     return channels[_layers(model.encoder, "encoder")[-1]]

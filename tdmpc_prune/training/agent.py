@@ -364,17 +364,17 @@ class AgentTraining:
         return agent_computation(self.learner.model, self.learner.target, self.config.model)
 
     def calibration(self) -> Calibration:
-        return agent_calibration(self.model, self._pool(self.model), self.config.model)
+        return agent_calibration(self.model, self.pool(self.model), self.config.model)
 
     def mend(self, whole: Mapping[str, Tensor], plan: Plan, done: int, most: int) -> int:
         teacher = WorldModel(Widths.of_weights(whole)).to(self.device)
         teacher.load_state_dict(whole)
         model, target, config = self.model, self.learner.target, self.config
-        pool = self._pool(teacher)
+        pool = self.pool(teacher)
         return mend(model, target, teacher, plan, pool, config.model, (done, most), config.seed)
 
-    def _pool(self, model: WorldModel) -> Pool:
-        """What a cut agent is to be good at."""
+    def pool(self, model: WorldModel) -> Pool:
+        """What a cut agent, or a student of it, is to be good at."""
         horizon, seed = self.config.model.planner.horizon, self.config.seed
         return draw_pool(model, self.replay, horizon, _CALIBRATION_STARTS, seed)
 

@@ -179,3 +179,47 @@ class PruneCheckpointConfig:
         ):
             return Idle(name, "with explain=…, which plans one cut and runs nothing")
         return self.prune.idle(given) or self.prune.clipped(given, self.eval_episodes)
+
+
+@dataclass(frozen=True)
+class DistilConfig:
+    """Teaching of a small student."""
+
+    checkpoint: str = setting(MISSING, f"the teacher: {RUN_OR_CHECKPOINT}", positional=True)
+    sparsity: float = setting(0.9, "the student is evenly narrower: parameters that it lacks")
+    encoder_width: int | None = setting(
+        None, "or: its encoder's hidden width; null is the teacher's, the same below"
+    )
+    latent_width: int | None = setting(None, "its latent's")
+    hidden_width: int | None = setting(None, "its other hidden widths")
+    steps: int = setting(2_000, "offline training steps")
+    gather_episodes: int = setting(
+        10, "episodes played first if the teacher comes without a replay buffer"
+    )
+    eval_episodes: int = setting(10, "episodes per evaluation")
+    save: str | None = setting(
+        None, "folder of the student; null takes runs/<task>/student/seed<seed>"
+    )
+    seed: int = setting(1, "of the student's weights and everything else random")
+    device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
+    threads: int = setting(1, "CPU threads")
+
+    def __post_init__(self):
+        require(0 < self.sparsity < 1, f"sparsity={self.sparsity} must lie in (0, 1)")
+        for name in ("steps", "gather_episodes", "eval_episodes"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name}={value} must be at least 1")
+        for name in _WIDTHS:
+            value = getattr(self, name)
+            require(value is None or value >= 2, f"{name}={value} must be at least 2")
+        require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31)")
+        check_machine(self.device, self.threads)
+
+    def idle(self, given: Sequence[str]) -> Idle | None:
+        """A given setting without effect."""
+        if "sparsity" in given and (name := among(given, *_WIDTHS)):
+            return Idle("sparsity", f"with {name}=…")
+        return None
+
+
+_WIDTHS = ("encoder_width", "latent_width", "hidden_width")
