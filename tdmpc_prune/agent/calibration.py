@@ -93,7 +93,8 @@ def draw_pool(
     chosen[1::2] = rng.choice(newest, len(chosen[1::2]))
     places = (chosen + np.arange(horizon)[:, None]) % replay.capacity
     executed = torch.from_numpy(held["actions"][places]).unsqueeze(2)  # [H, N, 1, A]
-    observations = torch.from_numpy(held["observations"][chosen])
+    device = next(model.parameters()).device
+    observations = torch.from_numpy(held["observations"][chosen]).to(device)
 
     def normal(sequences: int) -> Tensor:
         shape = (horizon, len(chosen), sequences, executed.shape[-1])
@@ -102,13 +103,14 @@ def draw_pool(
     noisy = executed + torch.tensor(_NOISE)[:, None] * normal(len(_NOISE))
     latents = model.encode(observations).unsqueeze(1)
     noise = torch.tensor(_POLICY_NOISE)[:, None] * normal(len(_POLICY_NOISE))
-    followed, _ = follow_policy(model, latents, noise)
+    followed, _ = follow_policy(model, latents, noise.to(device))
     low, high = _WIDE_STD
     shape = (len(chosen), _WIDE, 1)
     std = low + (high - low) * torch.rand(shape, generator=generator)
     mean = 2 * torch.rand((horizon, *shape[:2], executed.shape[-1]), generator=generator) - 1
     wide = mean + std * normal(_WIDE)
-    return Pool(observations, torch.cat([noisy, followed, wide], 2).clamp(-1, 1))
+    drawn = torch.cat([noisy, followed.cpu(), wide], 2).clamp(-1, 1)
+    return Pool(observations, drawn.to(device))
 
 
 @torch.no_grad()
@@ -123,7 +125,7 @@ def lessons(model: WorldModel, pool: Pool, seed: int = 0) -> list[Lesson]:
         latents = roll_out(model, observations, actions)
         policy = model.act(latents)
         signs = [
-            torch.randint(0, 2, shape, generator=generator).float() * 2 - 1
+            (torch.randint(0, 2, shape, generator=generator).float() * 2 - 1).to(latents.device)
             for shape in (policy.shape[1:3], policy.shape[1:])
         ]
         found.append(Lesson(observations, actions, latents, policy, *signs))
