@@ -7,12 +7,12 @@ from tdmpc_prune.training.config import PruneCheckpointConfig
 
 
 def main(config: PruneCheckpointConfig, given: list[str]) -> None:
-    """Prune a saved agent or autoencoder in steps, with training and the score after each.
+    """Prune a saved agent or autoencoder: one refitted cut, or several with training after each.
 
     Examples:
-      python scripts/prune.py runs/cartpole-swingup/none/seed1 prune.sparsity=0.9
+      python scripts/prune.py runs/cartpole-swingup/none/seed1 prune.sparsity=0.95
       python scripts/prune.py runs/cartpole-swingup/none/seed1 explain=plan.json
-      python scripts/prune.py runs/cartpole-swingup/none/seed1 prune.plan=plan.json
+      python scripts/prune.py runs/cartpole-swingup/none/seed1 prune.steps=4 env_steps=20000
     """
     from tdmpc_prune.training import launch
 
