@@ -309,12 +309,16 @@ INLINE void product(const int rows, const int vectors, const float *weight, int 
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++)
             sum[r][v] = spread(bias[r]);
-    for (int k = 0; k < inputs; k++, input += TILE)
-        for (int v = 0; v < vectors; v++) {
-            vec x = load(input + v * WIDTH);
-            for (int r = 0; r < rows; r++)
-                sum[r][v] = multiply_add(spread(weight[r * stride + k]), x, sum[r][v]);
+    for (int k = 0; k < inputs; k++, input += TILE) {
+        vec x[2];
+        for (int v = 0; v < vectors; v++)
+            x[v] = load(input + v * WIDTH);
+        for (int r = 0; r < rows; r++) {
+            vec w = spread(weight[r * stride + k]);
+            for (int v = 0; v < vectors; v++)
+                sum[r][v] = multiply_add(w, x[v], sum[r][v]);
         }
+    }
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++)
             store(output + r * TILE + v * WIDTH, sum[r][v]);
