@@ -32,6 +32,7 @@ from tdmpc_prune.native.planner import NARROW, Planner
 _WIDE = 64  # units, from which PyTorch is as fast as a planner of 4 samples at once
 _TOLERANCE = 1e-4  # largest difference to PyTorch of a decision that hangs on no tie
 _CHECKED = 32
+WHO = {"native": "the planner in C", "torch": "PyTorch"}
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Choice:
 
     def text(self) -> str:
         """One line."""
-        who = {"native": "the planner in C", "torch": "PyTorch"}[self.path]
-        return f"decisions by {who}{self.because and f', because {self.because}' or ''}"
+        because = f", because {self.because}" if self.because else ""
+        return f"decisions by {WHO[self.path]}{because}"
 
 
 def choose(decisions: str, widths: Widths, device: torch.device) -> Choice:
@@ -63,15 +64,12 @@ def choose(decisions: str, widths: Widths, device: torch.device) -> Choice:
     because = None
     if device.type != "cpu":
         because = f"the networks are on {device.type}"
-    else:
-        try:
-            narrow = library().planner_width() <= NARROW
-        except build.Unavailable as error:
-            because = str(error)
-        else:
-            widest = max(widths.dynamics + widths.reward + widths.policy + widths.q_ensemble[0])
-            if narrow and widest > _WIDE and decisions == "auto":
-                because = "this processor's vectors are too short for networks so wide"
+    elif reason := unavailable():
+        because = reason
+    elif decisions == "auto" and library().planner_width() <= NARROW:
+        widest = max(widths.dynamics + widths.reward + widths.policy + widths.q_ensemble[0])
+        if widest > _WIDE:
+            because = "this processor's vectors are too short for networks so wide"
     if because is None:
         return Choice("native")
     if decisions == "native":
@@ -82,6 +80,15 @@ def choose(decisions: str, widths: Widths, device: torch.device) -> Choice:
 def library() -> ctypes.CDLL:
     """The compiled planner. Raises Unavailable: see `build.library`."""
     return build.library(_difference)
+
+
+def unavailable() -> str | None:
+    """Why the planner in C cannot be had on this machine; None if it can."""
+    try:
+        library()
+    except build.Unavailable as error:
+        return str(error)
+    return None
 
 
 class TorchDeciding:
@@ -102,19 +109,19 @@ class TorchDeciding:
         self,
         observations: Tensor,
         means: Tensor,
-        streams: Sequence[int],
-        decision: int,
+        streams: Sequence[int] = (0,),
+        decision: int = 0,
         horizon: int | None = None,
-        min_std: Tensor | None = None,
+        min_std: float | None = None,
         explore: bool = False,
     ) -> Decision:
         """See `plan`. The generator goes on, whatever `streams` and `decision` are."""
         planner, discount = self._config.planner, self._config.learning.discount
         width = means.shape[-1]
         noise = draw_noise(planner, len(observations), width, self._generator, horizon)
-        given = {} if min_std is None else {"min_std": min_std, "explore": explore}
+        floor = None if min_std is None else torch.tensor(min_std, device=means.device)
         return self._plan(
-            self._model, observations, means, noise, planner, discount, **given
+            self._model, observations, means, noise, planner, discount, floor, explore=explore
         )
 
 
@@ -135,10 +142,10 @@ class NativeDeciding:
         self,
         observations: Tensor,
         means: Tensor,
-        streams: Sequence[int],
-        decision: int,
+        streams: Sequence[int] = (0,),
+        decision: int = 0,
         horizon: int | None = None,
-        min_std: Tensor | None = None,
+        min_std: float | None = None,
         explore: bool = False,
         noise: PlannerNoise | None = None,
     ) -> Decision:
@@ -155,12 +162,11 @@ class NativeDeciding:
             noise: instead of its own.
         """
         planner, results = self.planner, []
-        floor = None if min_std is None else float(min_std)
         for place, stream in enumerate(streams):
             planner.observation[:] = observations[place].numpy()
             planner.means[:] = means[:, place].numpy()
             planner.key.stream, planner.key.decision = stream, decision
-            planner.plan(horizon, floor, explore, noise and _of_one(noise, place))
+            planner.plan(horizon, min_std, explore, noise and _of_one(noise, place))
             parts = (planner.action, planner.means, planner.std, planner.value)
             results.append([part.copy() for part in (*parts, planner.values, planner.scores)])
         actions, after, std, value, values, scores = (
@@ -180,7 +186,12 @@ Deciding = TorchDeciding | NativeDeciding
 
 
 def deciding(
-    path: str, model: WorldModel, config: AgentConfig, seed: int, generator: torch.Generator | None
+    path: str,
+    model: WorldModel,
+    config: AgentConfig,
+    seed: int,
+    generator: torch.Generator | None = None,
+    planned: Callable[..., Decision] = plan,
 ) -> Deciding:
     """Who decides on a path that `choose` found.
 
@@ -190,11 +201,13 @@ def deciding(
         config: the agent's.
         seed: of the noise.
         generator: of PyTorch's noise; None makes one from `seed`.
+        planned: see `TorchDeciding`.
     """
     if path == "native":
         return NativeDeciding(model, config, seed)
     device = next(model.parameters()).device
-    return TorchDeciding(model, config, generator or torch.Generator(device).manual_seed(seed))
+    generator = generator or torch.Generator(device).manual_seed(seed)
+    return TorchDeciding(model, config, generator, planned)
 
 
 def _of_one(noise: PlannerNoise, place: int) -> dict[str, np.ndarray]:

@@ -10,7 +10,15 @@ from omegaconf import MISSING
 from envs import task_name
 from tdmpc_prune.agent.config import PRESETS, AgentConfig
 from tdmpc_prune.pruning.config import RANKINGS, PruneConfig
-from tdmpc_prune.settings import RUN_OR_CHECKPOINT, Idle, among, check_machine, require, setting
+from tdmpc_prune.settings import (
+    DECISIONS,
+    RUN_OR_CHECKPOINT,
+    Idle,
+    among,
+    check_machine,
+    require,
+    setting,
+)
 from tdmpc_prune.training.config import PruneCheckpointConfig
 
 
@@ -35,6 +43,7 @@ class EvaluateConfig:
     )
     device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
     threads: int = setting(1, "CPU threads")
+    decisions: str = setting("auto", DECISIONS)
 
     def __post_init__(self):
         if self.task is not None:
@@ -45,7 +54,7 @@ class EvaluateConfig:
             not (self.viewer and (self.video or self.save)),
             "viewer=true plays until the window is closed; give video= or save= without it",
         )
-        check_machine(self.device, self.threads)
+        check_machine(self.device, self.threads, self.decisions)
 
     def idle(self, given: Sequence[str]) -> Idle | None:
         """A given setting without effect."""
@@ -88,6 +97,7 @@ class FitConfig:
         None, "folder for the fitted agent; null takes runs/<task>/fitted-<rate>hz"
     )
     threads: int = setting(1, "CPU threads that it will run with")
+    decisions: str = setting("auto", DECISIONS)
 
     def __post_init__(self):
         require(self.rate_hz > 0, f"rate_hz={self.rate_hz} must be positive")
@@ -101,7 +111,7 @@ class FitConfig:
             self.env_steps is None or self.env_steps >= 0,
             f"env_steps={self.env_steps} cannot be negative",
         )
-        check_machine("cpu", self.threads)
+        check_machine("cpu", self.threads, self.decisions)
 
     def idle(self, given: Sequence[str]) -> Idle | None:
         """A given setting without effect."""

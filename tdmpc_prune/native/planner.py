@@ -170,7 +170,7 @@ class Planner:
             raise ValueError(_meaning(status))
 
     def policy(self) -> None:
-        """The policy's own action: from `observation` to `action`. Raises ValueError: see `plan`."""
+        """The policy's action: from `observation` to `action`. Raises ValueError: see `plan`."""
         model, _, observation, _ = self._arguments
         _, workspace = self._results
         status = self._library.planner_policy(
