@@ -514,7 +514,7 @@ static int widest(const planner_model *model)
 
 static int is_small(const planner_model *model)
 {
-    return model->dynamics[0].type != PLANNER_FLOAT32;
+    return model->policy[0].type != PLANNER_FLOAT32;
 }
 
 size_t planner_workspace(const planner_model *model, const planner_config *config)
@@ -571,14 +571,19 @@ static int layers_fit(const planner_layer *layers, int count, int inputs, int ou
     return inputs == outputs;
 }
 
+static int policy_fits(const planner_model *model)
+{
+    return model->observation >= 1 && model->action >= 1 && model->latent >= 1
+           && layers_fit(model->encoder, 2, model->observation, model->latent)
+           && layers_fit(model->policy, 3, model->latent, model->action);
+}
+
 static int model_fits(const planner_model *model)
 {
-    int latent = model->latent, joint = latent + model->action;
-    int fits = model->observation >= 1 && model->action >= 1 && latent >= 1 && model->members >= 1;
-    fits = fits && layers_fit(model->encoder, 2, model->observation, latent)
-           && layers_fit(model->dynamics, 3, joint, latent)
-           && layers_fit(model->reward, 3, joint, 1)
-           && layers_fit(model->policy, 3, latent, model->action);
+    int joint = model->latent + model->action;
+    int fits = policy_fits(model) && model->members >= 1
+               && layers_fit(model->dynamics, 3, joint, model->latent)
+               && layers_fit(model->reward, 3, joint, 1);
     for (int member = 0; fits && member < model->members; member++) {
         const planner_q *q = model->q_ensemble + member;
         fits = layers_fit(&q->first, 1, joint, q->first.outputs)
@@ -795,7 +800,7 @@ int planner_policy(const planner_model *model, const float *observation, float *
                    void *workspace)
 {
     workspace_parts parts;
-    if (!model_fits(model))
+    if (!policy_fits(model))
         return PLANNER_BAD_SIZES;
     if (!is_finite(observation, model->observation))
         return PLANNER_NOT_FINITE;

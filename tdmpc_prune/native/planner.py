@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _NOT_FINITE = 1  # PLANNER_NOT_FINITE
+TYPES = [np.dtype(name) for name in ("float32", "float16", "int8")]  # PLANNER_FLOAT32 and so on
 NARROW = 4  # samples at once, with which PyTorch's own kernels are as fast for wide networks
 
 
@@ -90,7 +91,8 @@ class Planner:
 
         Args:
             library: of `build.library`.
-            weights: a world model's state dict, C-contiguous float32 arrays.
+            weights: a world model's state dict, C-contiguous float32 arrays. Matrices may be
+                float16; or int8, then with the value of a 1 in each row as "<layer>.scale".
             settings: the planner's, with the fields of `PlannerConfig`.
             discount: per decision.
             seed: of the noise that it draws itself.
@@ -209,8 +211,15 @@ class Planner:
         def layer(name: str) -> _Layer:
             matrix = weights[f"{name}.weight"]
             outputs, inputs = matrix.shape
-            bias = _address(weights[f"{name}.bias"])
-            return _Layer(_address(matrix), None, bias, outputs, inputs, 0)
+            scale = weights.get(f"{name}.scale")
+            return _Layer(
+                _address(matrix),
+                None if scale is None else _address(scale),
+                _address(weights[f"{name}.bias"]),
+                outputs,
+                inputs,
+                TYPES.index(matrix.dtype),
+            )
 
         def layers(component: str, count: int) -> ctypes.Array:
             return (_Layer * count)(*(layer(f"{component}.{2 * i}") for i in range(count)))
