@@ -134,15 +134,41 @@ class ExportConfig:
     """An export of a saved agent."""
 
     checkpoint: str = setting(MISSING, RUN_OR_CHECKPOINT, positional=True)
-    format: str = setting("onnx", "onnx")
+    format: str = setting("onnx", "onnx (one graph), or c (a folder that compiles as it is)")
     part: str = setting("planner", "planner (the whole decision), or policy (without planning)")
     out: str | None = setting(
-        None, "file to write, *.onnx; its description goes beside it; null takes <task>-<part>.onnx"
+        None,
+        "file to write, *.onnx, its description goes beside it; or folder to write in C; null "
+        "takes <task>-<part>.onnx, or <task>-<part>-c",
+    )
+    weights: str = setting(
+        "float32", "how C stores matrices: float32, float16 or int8; it computes in float32"
+    )
+    flash_kb: float | None = setting(
+        None, "flash memory that the C program must fit into, in units of 1 000 bytes"
     )
 
     def __post_init__(self):
-        require(self.format == "onnx", f"format={self.format} is not known; the only one is onnx")
+        require(
+            self.format in ("onnx", "c"),
+            f"format={self.format} is not known; it must be onnx or c",
+        )
         require(self.part in ("planner", "policy"), f"part={self.part} must be planner or policy")
+        require(
+            self.weights in ("float32", "float16", "int8"),
+            f"weights={self.weights} must be float32, float16 or int8",
+        )
+        require(
+            self.flash_kb is None or self.flash_kb > 0,
+            f"flash_kb={self.flash_kb} must be positive",
+        )
+
+    def idle(self, given: Sequence[str]) -> Idle | None:
+        """A given setting without effect."""
+        name = among(given, "weights", "flash_kb")
+        if name and self.format != "c":
+            return Idle(name, "without format=c", "format=c")
+        return None
 
 
 @dataclass(frozen=True)

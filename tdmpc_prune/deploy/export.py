@@ -114,15 +114,50 @@ class Port:
 
 
 @dataclass(frozen=True)
+class Check:
+    """What an export and PyTorch make of the same random observations."""
+
+    difference: float  # largest, over all outputs and checked observations but the jumps
+    jumps: int  # observations where an elite hangs on rounding, in PyTorch as well
+    own_ms: float  # median per decision, one thread, side by side
+    torch_ms: float
+
+    def accept(self, part: str) -> None:
+        """Raises RunError: what was exported is not what PyTorch computes."""
+        if self.difference > TOLERANCE:
+            raise RunError(
+                f"the exported {part} differs from PyTorch by {self.difference:.1e}, and not by "
+                f"rounding; nothing was saved"
+            )
+        if self.jumps > MOST_JUMPS * CHECKED:
+            raise RunError(
+                f"the exported {part} differs from PyTorch at {self.jumps} of {CHECKED} "
+                f"observations at which rounding may decide, which is too often; nothing was saved"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "largest_difference_to_pytorch": self.difference,
+            "observations_checked": CHECKED,
+            "of_these_decided_by_rounding": self.jumps,
+        }
+
+
+@dataclass(frozen=True)
 class Export:
     """What was exported, and how it compares with PyTorch."""
 
     graph: Path
     sidecar: Path
-    difference: float  # largest, over all outputs and checked observations but the jumps
-    jumps: int  # observations where an elite hangs on rounding, in PyTorch as well
-    onnx_ms: float  # median per decision, one thread, side by side
-    torch_ms: float
+    check: Check
+
+    @property
+    def difference(self) -> float:
+        return self.check.difference
+
+    @property
+    def jumps(self) -> int:
+        return self.check.jumps
 
 
 def export(agent: Agent, part: str, path: Path) -> Export:
@@ -165,7 +200,7 @@ def export(agent: Agent, part: str, path: Path) -> Export:
             "sha256": hashlib.sha256(graph.read_bytes()).hexdigest(),
         }
         description_file.write_text(json.dumps(description, indent=1) + "\n")
-    return Export(path, sidecar, check.difference, check.jumps, check.own_ms, check.torch_ms)
+    return Export(path, sidecar, check)
 
 
 def sidecar_of(graph: Path) -> Path:
@@ -252,34 +287,6 @@ def _session(ort, graph: Path):
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-
-
-@dataclass(frozen=True)
-class Check:
-    difference: float
-    jumps: int
-    own_ms: float
-    torch_ms: float
-
-    def accept(self, part: str) -> None:
-        """Raises RunError: what was exported is not what PyTorch computes."""
-        if self.difference > TOLERANCE:
-            raise RunError(
-                f"the exported {part} differs from PyTorch by {self.difference:.1e}, and not by "
-                f"rounding; nothing was saved"
-            )
-        if self.jumps > MOST_JUMPS * CHECKED:
-            raise RunError(
-                f"the exported {part} differs from PyTorch at {self.jumps} of {CHECKED} "
-                f"observations at which rounding may decide, which is too often; nothing was saved"
-            )
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "largest_difference_to_pytorch": self.difference,
-            "observations_checked": CHECKED,
-            "of_these_decided_by_rounding": self.jumps,
-        }
 
 
 def compare(module: Step, session: Any, inputs: list[Port], generator: torch.Generator) -> Check:

@@ -56,6 +56,14 @@ class CExport:
     code_measured: bool  # else estimated, without a cross-compiler
     proof: microcontroller.Proof | None  # in QEMU, where the tools are installed
 
+    def text(self) -> str:
+        """What it takes."""
+        how = "" if self.code_measured else " (estimated)"
+        size = f"weights {self.weights_kb:.1f} KB, code {self.code_kb:.1f} KB{how} on a Cortex-M4F"
+        if self.proof is None:
+            return f"{size}; no proof in QEMU: {' or '.join(microcontroller.missing())} is missing"
+        return f"{size}\n{self.proof.text()}"
+
 
 def export_c(
     agent: Agent, part: str, folder: Path, weights: str = "float32", flash_kb: float | None = None

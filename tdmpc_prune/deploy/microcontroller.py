@@ -78,12 +78,12 @@ class Proof:
 
     def text(self) -> str:
         found = self.differences()
-        same = {run.board: run.bits == self.bits for run in self.runs}
-        return "\n".join(
-            f"{run.text()}; its decisions are "
-            + ("this machine's, bit for bit" if same[run.board] else f"off by {found[run.board]:.1e}")
-            for run in self.runs
-        )
+
+        def like(run: Run) -> str:
+            same = run.bits == self.bits
+            return "this machine's, bit for bit" if same else f"off by {found[run.board]:.1e}"
+
+        return "\n".join(f"{run.text()}; its decisions are {like(run)}" for run in self.runs)
 
     def as_json(self) -> list[dict[str, Any]]:
         found = self.differences()
@@ -95,14 +95,14 @@ class Proof:
         return runs
 
 
-def installed() -> bool:
-    """Whether a cross-compiler and an emulator are there."""
-    return all(map(shutil.which, (COMPILER, EMULATOR)))
+def missing() -> list[str]:
+    """The tools that are not installed: a cross-compiler and an emulator are needed."""
+    return [tool for tool in (COMPILER, EMULATOR) if not shutil.which(tool)]
 
 
 def code_kb() -> float | None:
     """What the planner's code takes on a Cortex-M4F, in units of 1000 bytes; None: not known."""
-    if not installed():
+    if missing():
         return None
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "planner.o"
@@ -118,7 +118,9 @@ def prove(folder: Path, agent: Agent) -> Proof:
     Raises:
         OSError: a tool fails.
     """
-    observations = np.random.default_rng(0).normal(size=(_DECISIONS, agent.model.widths.observation))
+    observations = np.random.default_rng(0).normal(
+        size=(_DECISIONS, agent.model.widths.observation)
+    )
     observations = observations.astype(np.float32)
     with tempfile.TemporaryDirectory() as made:
         work = Path(made)
@@ -233,4 +235,4 @@ def _run(command: list[str]) -> str:
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or ["it says nothing"]
         raise OSError(0, f"{command[0]} fails: {said[0]}")
-    return done.stdout
+    return done.stdout + done.stderr  # QEMU writes to either

@@ -8,6 +8,16 @@
 #define WIDTH PLANNER_WIDTH
 #define TILE PLANNER_TILE
 
+#define VECTORS (WIDTH == 1 ? 4 : 2) /* that a sum is made for at once */
+
+#if defined(__clang__)
+#define UNROLLED _Pragma("unroll")
+#elif defined(__GNUC__)
+#define UNROLLED _Pragma("GCC unroll 8")
+#else
+#define UNROLLED
+#endif
+
 #if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline, unused))
 #define ALONE static __attribute__((noinline))
@@ -268,16 +278,17 @@ typedef struct {
     float *decoded;   /* [PLANNER_ROWS][widest], of weights that are not float32 */
 } buffers;
 
+/* A float16: the bits in their places are worth too little by 2^112, below the normal numbers too. */
 INLINE float half(uint16_t stored)
 {
-    uint32_t magnitude = stored & 0x7fffu, sign = (uint32_t)(stored & 0x8000u) << 16;
-    float x = (float)magnitude * 5.96046448e-8f; /* below the normal numbers */
-    uint32_t all;
-    if (magnitude >= 0x400u) {
-        all = (magnitude << 13) + 0x38000000u;
-        memcpy(&x, &all, sizeof x);
-    }
-    return sign ? -x : x;
+    uint32_t all = (uint32_t)(stored & 0x7fff) << 13;
+    float x;
+    memcpy(&x, &all, sizeof x);
+    x *= 5.19229686e33f;
+    memcpy(&all, &x, sizeof x);
+    all |= (uint32_t)(stored & 0x8000) << 16;
+    memcpy(&x, &all, sizeof x);
+    return x;
 }
 
 /* Weights of some rows, columns `from` to `to`, as float32; they lie `*stride` apart. */
@@ -290,14 +301,18 @@ static const float *weights(const planner_layer *layer, int row, int rows, int f
         return (const float *)layer->weight + first + from;
     }
     *stride = to - from;
-    for (int r = 0; r < rows; r++)
-        for (int k = from; k < to; k++) {
-            int at = first + r * layer->inputs + k;
-            decoded[r * *stride + k - from] =
-                layer->type == PLANNER_FLOAT16
-                    ? half(((const uint16_t *)layer->weight)[at])
-                    : (float)((const int8_t *)layer->weight)[at] * layer->scale[row + r];
+    for (int r = 0; r < rows; r++, first += layer->inputs) {
+        float *to_row = decoded + r * *stride;
+        if (layer->type == PLANNER_FLOAT16) {
+            const uint16_t *kept = (const uint16_t *)layer->weight + first;
+            for (int k = from; k < to; k++)
+                to_row[k - from] = half(kept[k]);
+        } else {
+            const int8_t *kept = (const int8_t *)layer->weight + first;
+            for (int k = from; k < to; k++)
+                to_row[k - from] = (float)kept[k] * layer->scale[row + r];
         }
+    }
     return decoded;
 }
 
@@ -305,22 +320,22 @@ static const float *weights(const planner_layer *layer, int row, int rows, int f
 INLINE void product(const int rows, const int vectors, const float *weight, int stride, int inputs,
                     const float *bias, const float *input, float *output)
 {
-    vec sum[PLANNER_ROWS][2];
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++)
+    vec sum[PLANNER_ROWS][VECTORS];
+    UNROLLED for (int r = 0; r < rows; r++)
+        UNROLLED for (int v = 0; v < vectors; v++)
             sum[r][v] = spread(bias[r]);
     for (int k = 0; k < inputs; k++, input += TILE) {
-        vec x[2];
-        for (int v = 0; v < vectors; v++)
+        vec x[VECTORS];
+        UNROLLED for (int v = 0; v < vectors; v++)
             x[v] = load(input + v * WIDTH);
-        for (int r = 0; r < rows; r++) {
+        UNROLLED for (int r = 0; r < rows; r++) {
             vec w = spread(weight[r * stride + k]);
-            for (int v = 0; v < vectors; v++)
+            UNROLLED for (int v = 0; v < vectors; v++)
                 sum[r][v] = multiply_add(w, x[v], sum[r][v]);
         }
     }
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++)
+    UNROLLED for (int r = 0; r < rows; r++)
+        UNROLLED for (int v = 0; v < vectors; v++)
             store(output + r * TILE + v * WIDTH, sum[r][v]);
 }
 
@@ -353,10 +368,10 @@ ALONE void linear(const planner_layer *layer, int from, int to, const float *bia
         const float *weight = weights(layer, row, rows, from, to, own->decoded, &stride);
         float *out = output + row * TILE;
         int v = 0;
-        for (; v + 2 <= vectors; v += 2)
-            products(2, rows, weight, stride, to - from, bias + row, input + v * WIDTH,
+        for (; v + VECTORS <= vectors; v += VECTORS)
+            products(VECTORS, rows, weight, stride, to - from, bias + row, input + v * WIDTH,
                      out + v * WIDTH);
-        if (v < vectors)
+        for (; v < vectors; v++)
             products(1, rows, weight, stride, to - from, bias + row, input + v * WIDTH,
                      out + v * WIDTH);
     }
