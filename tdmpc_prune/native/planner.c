@@ -49,6 +49,8 @@ INLINE vec as_float(ivec x) { return __builtin_convertvector(x, vec); }
 INLINE vec load(const float *from) { return *(const vec *)from; }
 INLINE void store(float *to, vec x) { *(vec *)to = x; }
 
+#define SIGN (-2147483647 - 1) /* a float's bit */
+
 INLINE ivec bits(vec x)
 {
     ivec same;
@@ -101,7 +103,8 @@ INLINE vec root(vec x)
     vec y = from_bits(0x5f3759df - (bits(x) >> 1));
     for (int i = 0; i < 3; i++)
         y = y * (1.5f - 0.5f * x * y * y);
-    return x * y;
+    vec s = x * y;
+    return s + 0.5f * y * (x - s * s);
 }
 
 /* e^x for x <= 0 as scale * (1 + rest). */
@@ -136,7 +139,7 @@ INLINE vec elu(vec x)
 
 INLINE vec hyperbolic_tangent(vec x)
 {
-    ivec sign = bits(x) & (-2147483647 - 1);
+    ivec sign = bits(x) & SIGN;
     vec t = exponential_less_1(-2.0f * from_bits(bits(x) ^ sign));
     return from_bits(bits(-t / (t + 2.0f)) | sign);
 }
@@ -195,8 +198,8 @@ INLINE void box_muller(const uint32_t first[WIDTH], const uint32_t second[WIDTH]
     ivec turned = -(other & 1);
     ivec a = (bits(cosine) & ~turned) | (bits(sine) & turned);
     ivec b = (bits(sine) & ~turned) | (bits(cosine) & turned);
-    normal[0] = radius * from_bits(a ^ ((other & 2) * 1073741824));
-    normal[1] = radius * from_bits(b ^ ((other & 4) * 536870912));
+    normal[0] = radius * from_bits(a ^ (-((other >> 1) & 1) & SIGN));
+    normal[1] = radius * from_bits(b ^ (-((other >> 2) & 1) & SIGN));
 }
 
 INLINE void counted(uint32_t words[4][WIDTH], const planner_key *key, int part, int block, int first)
