@@ -192,7 +192,7 @@ def test_ties_are_told_from_a_wrong_graph_by_the_planners_own_margins(agent):
     samples, ends = names.index("noise_samples"), names.index("noise_sample_ends")
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
-        inputs = exporting._draw(ports, generator)
+        inputs = exporting.draw_inputs(ports, generator)
         decision = step.decide(*inputs)
         assert not step.hangs_on_rounding(inputs, 1.0)
         ranked = decision.values[0][0].argsort(descending=True)

@@ -192,6 +192,9 @@ class BenchmarkConfig:
     device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
     threads: int = setting(1, "CPU threads")
     json: str | None = setting(None, "file to write the measurements to")
+    page: str | None = setting(
+        None, "page of measured machines (Markdown) to add a line of this measurement to"
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "task", task_name(self.task))
@@ -206,5 +209,5 @@ class BenchmarkConfig:
         if self.checkpoint:
             name = among(given, "environments", "model", "model.")
             return Idle(name, "with checkpoint=…, which brings its own") if name else None
-        name = among(given, "episodes", "seed")
+        name = among(given, "episodes", "seed", "page")
         return Idle(name, "without checkpoint=…, whose episodes are played") if name else None

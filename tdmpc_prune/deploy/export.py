@@ -178,21 +178,9 @@ def export(agent: Agent, part: str, path: Path) -> Export:
     module = (PlannerStep if part == "planner" else PolicyStep)(agent).eval()
     inputs, outputs = ports_of(agent, part)
     generator = torch.Generator().manual_seed(0)
-    example = _draw(inputs, generator)
     sidecar = sidecar_of(path)
     with _parts(path, sidecar) as (graph, description_file):
-        with warnings.catch_warnings():
-            # The tracer warns of sizes that are taken as constants, which is meant: all are fixed.
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                module,
-                tuple(example),
-                str(graph),
-                input_names=[port.name for port in inputs],
-                output_names=[port.name for port in outputs],
-                opset_version=_OPSET,
-                dynamo=False,
-            )
+        _write_graph(module, inputs, outputs, generator, graph)
         check = compare(module, _session(ort, graph), inputs, generator)
         check.accept(part)
         description = description_of(agent, part, inputs, outputs, "ONNX") | {
@@ -201,6 +189,37 @@ def export(agent: Agent, part: str, path: Path) -> Export:
         }
         description_file.write_text(json.dumps(description, indent=1) + "\n")
     return Export(path, sidecar, check)
+
+
+def graph_session(agent: Agent, part: str, path: Path) -> Any:
+    """ONNX Runtime with an agent's graph, unchecked, written to `path`.
+
+    Raises:
+        UserError: ONNX or its runtime is not installed.
+    """
+    ort = _require_onnx()
+    module = (PlannerStep if part == "planner" else PolicyStep)(agent).eval()
+    inputs, outputs = ports_of(agent, part)
+    _write_graph(module, inputs, outputs, torch.Generator().manual_seed(0), path)
+    return _session(ort, path)
+
+
+def _write_graph(
+    module: Step, inputs: list[Port], outputs: list[Port], generator: torch.Generator, path: Path
+) -> None:
+    example = draw_inputs(inputs, generator)
+    with warnings.catch_warnings():
+        # The tracer warns of sizes that are taken as constants, which is meant: all are fixed.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            tuple(example),
+            str(path),
+            input_names=[port.name for port in inputs],
+            output_names=[port.name for port in outputs],
+            opset_version=_OPSET,
+            dynamo=False,
+        )
 
 
 def sidecar_of(graph: Path) -> Path:
@@ -271,7 +290,7 @@ def _noise(agent: Agent) -> dict[str, Tensor]:
     return {name: drawn[name] for name in _NOISE}
 
 
-def _draw(inputs: list[Port], generator: torch.Generator) -> list[Tensor]:
+def draw_inputs(inputs: list[Port], generator: torch.Generator) -> list[Tensor]:
     """Random inputs of the graph."""
     return [
         torch.rand(port.shape, generator=generator)
@@ -298,7 +317,7 @@ def compare(module: Step, session: Any, inputs: list[Port], generator: torch.Gen
     """
     largest, jumps, times = 0.0, 0, {"own": [], "torch": []}
     names = [port.name for port in inputs]
-    fixed = _draw(inputs[1:], generator)
+    fixed = draw_inputs(inputs[1:], generator)
 
     def timed(who: str, call: Callable[[], Any]) -> Any:
         began = time.perf_counter()
@@ -308,7 +327,7 @@ def compare(module: Step, session: Any, inputs: list[Port], generator: torch.Gen
 
     with torch.no_grad():
         for _ in trange(CHECKED, desc="checking", unit="observation", leave=False):
-            values = [*_draw(inputs[:1], generator), *fixed]
+            values = [*draw_inputs(inputs[:1], generator), *fixed]
             fed = dict(zip(names, (value.numpy() for value in values), strict=True))
             ours = timed("torch", lambda values=values: module(*values))
             theirs = timed("own", lambda fed=fed: session.run(None, fed))
