@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 from tdmpc_prune.command_line import run_command
 from tdmpc_prune.deploy.config import BenchmarkConfig
@@ -15,6 +16,7 @@ def main(config: BenchmarkConfig, given: list[str]) -> None:
       python scripts/benchmark.py checkpoints/cartpole-swingup-fitted
     """
     from tdmpc_prune.deploy.benchmark import benchmark, gain
+    from tdmpc_prune.deploy.candidates import add_to_page
     from tdmpc_prune.errors import UserError
     from tdmpc_prune.machine import choose_device
     from tdmpc_prune.saving.agents import load_agent, load_parent
@@ -34,6 +36,11 @@ def main(config: BenchmarkConfig, given: list[str]) -> None:
         result = benchmark(config.model, config.task, config.environments, config.repeats, device)
         print(result.table())
         values = result.as_json()
+    if config.page and result.candidates:
+        page = Path(config.page)
+        line = result.candidates.line(Path(config.checkpoint).name)
+        write_file(page, add_to_page(page, line), "page")
+        print(f"\na line was added to {page}")
     if config.json:
         write_file(config.json, json.dumps(values, indent=1) + "\n", "json")
         print(f"\nwritten to {config.json}")

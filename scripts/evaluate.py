@@ -15,6 +15,7 @@ def main(config: EvaluateConfig, given: list[str]) -> None:
       python scripts/evaluate.py checkpoints/cartpole-swingup-pruned viewer=true
       python scripts/evaluate.py runs/cartpole-swingup/none/seed1 video=out.mp4 episodes=1
     """
+    from tdmpc_prune.agent.deciding import choose
     from tdmpc_prune.deploy import card as agent_report
     from tdmpc_prune.deploy import playing
     from tdmpc_prune.errors import UserError
@@ -25,8 +26,12 @@ def main(config: EvaluateConfig, given: list[str]) -> None:
 
     device = choose_device(config.device)
     agent = load_agent(config.checkpoint, device, config.task)
+    choice = choose(config.decisions, agent.model.widths, device)
+    if choice.because:
+        print(choice.text())
+    decisions = choice.path
     if config.viewer:
-        for sentence in playing.view(agent, config.seed):
+        for sentence in playing.view(agent, config.seed, decisions):
             print(sentence, flush=True)
         return
     parent = load_parent(agent, config.parent, device)
@@ -38,13 +43,15 @@ def main(config: EvaluateConfig, given: list[str]) -> None:
     if config.save:
         agent_report.check_free(Path(config.save))
     if config.video:
-        evaluation = playing.record(agent, config.episodes, config.seed, Path(config.video))
+        evaluation = playing.record(
+            agent, config.episodes, config.seed, Path(config.video), decisions
+        )
     else:
-        evaluation = playing.measure(agent, config.episodes, config.seed)
+        evaluation = playing.measure(agent, config.episodes, config.seed, decisions)
     played = None
     if config.play_parent:
-        played = playing.measure(parent, config.episodes, config.seed)
-    found = agent_report.columns(agent, evaluation, parent, played)
+        played = playing.measure(parent, config.episodes, config.seed, decisions)
+    found = agent_report.columns(agent, evaluation, parent, played, decisions)
     print(narrowed(agent_report.text(found, evaluation, config.seed)))
     if config.video:
         print(f"filmed in {config.video}")

@@ -13,6 +13,7 @@ def main(config: FitConfig, given: list[str]) -> None:
     Examples:
       python scripts/fit.py runs/cartpole-swingup/bayesian/seed1 rate_hz=200
     """
+    from tdmpc_prune.agent.deciding import choose
     from tdmpc_prune.deploy import fit, fit_report
     from tdmpc_prune.errors import UserError
     from tdmpc_prune.saving.run_folder import command_line
@@ -20,7 +21,10 @@ def main(config: FitConfig, given: list[str]) -> None:
     from tdmpc_prune.words import narrowed
 
     folder = fit.free_folder(config)
-    fit.dense_agent(config)  # or nothing is begun
+    dense = fit.dense_agent(config)  # or nothing is begun
+    choice = choose(config.decisions, dense.model.widths, dense.device)
+    if choice.because:
+        print(choice.text())
     if cutting := fit.cutting(config):
         run = launch.start(launch.pruning_run(cutting, []), sys.argv)
         print(launch.finish(run))

@@ -13,7 +13,8 @@ import torch
 
 from envs import StepError, disturb, make_env
 from tdmpc_prune.agent.agent import Agent
-from tdmpc_prune.agent.planner import draw_noise, first_means, plan
+from tdmpc_prune.agent.deciding import choose, deciding
+from tdmpc_prune.agent.planner import first_means
 from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.errors import UserError
 
@@ -59,6 +60,7 @@ def evaluate(
     watch: Callable[[int, np.ndarray, bool], None] = lambda episode, observation, terminated: None,
     disturbances: Mapping[str, Any] | None = None,
     broken: Callable[[StepError], None] = _refuse,
+    decisions: str = "torch",
 ) -> Evaluation | None:
     """Play `episodes` whole episodes without exploration.
 
@@ -76,6 +78,7 @@ def evaluate(
         disturbances: arguments of `envs.disturb`; None leaves the task as it is.
         broken: told of every episode that cannot go on, which then counts up to there; if it
             raises, or is not given, the evaluation ends.
+        decisions: "auto", "native" or "torch": who decides, see `deciding.choose`.
 
     Raises:
         UserError: the task's observations or actions are not those of the agent.
@@ -106,15 +109,16 @@ def evaluate(
             broken(error)
             faults.append(error)
     device, actions = agent.device, model.widths.action
-    generator = torch.Generator(device).manual_seed(seed)
+    path = choose(decisions, model.widths, device).path
+    planner = deciding(path, model, config, seed)
     means = first_means(config.planner, len(running), actions, device)
-    decisions = 0
+    made = number = 0
     while running and not interrupted():
         inputs = torch.from_numpy(np.stack([observations[i] for i in running])).to(device)
-        noise = draw_noise(config.planner, len(running), actions, generator)
-        decision = plan(model, inputs, means, noise, config.planner, config.learning.discount)
+        decision = planner.decide(inputs, means, running, number)
         means = decision.means
-        decisions += len(running)
+        number += 1
+        made += len(running)
         on_decision()
         ended = []
         for place, action in enumerate(decision.actions.cpu().numpy()):
@@ -140,7 +144,7 @@ def evaluate(
         return None
     if len(faults) == episodes:
         raise faults[-1]
-    return Evaluation(returns.tolist(), decisions, time.perf_counter() - started)
+    return Evaluation(returns.tolist(), made, time.perf_counter() - started)
 
 
 def check_sizes(model: WorldModel, env: gymnasium.Env, task: str) -> None:

@@ -15,6 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from tdmpc_prune.errors import UserError
 
 RUN_OR_CHECKPOINT = "a run's folder (its newest checkpoint), or a checkpoint"
+DECISIONS = (
+    "native (the planner in C, compiled at first use), torch, or auto: native where it is the "
+    "faster one"
+)
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,12 @@ def require(holds: bool, message: str) -> None:
         raise UserError(message)
 
 
-def check_machine(device: str, threads: int) -> None:
-    """Refuse a device or thread count that cannot be."""
+def check_machine(device: str, threads: int, decisions: str = "auto") -> None:
+    """Refuse a device, thread count or maker of decisions that cannot be."""
+    require(
+        decisions in ("auto", "native", "torch"),
+        f"decisions={decisions} must be auto, native or torch",
+    )
     require(device in ("auto", "cpu", "cuda"), f"device={device} must be auto, cpu or cuda")
     require(threads >= 1, f"threads={threads} must be at least 1")
 

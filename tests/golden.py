@@ -28,14 +28,15 @@ _PRUNING = [
 ]
 _GATHERING = ["prune.gather_updates=5"]
 _RUNS = {
-    "dense": ("train.py", [*SMALL, "env_steps=240"]),
-    "pruned": ("train.py", [*SMALL, *_PRUNING, "env_steps=240"]),
+    "dense": ("train.py", [*SMALL, "decisions=torch", "env_steps=240"]),
+    "pruned": ("train.py", [*SMALL, *_PRUNING, "decisions=torch", "env_steps=240"]),
     "pruned-finished": (
         "prune.py",
         [
             *_PRUNING,
             *_GATHERING,
             "checkpoint=dense",
+            "decisions=torch",
             "env_steps=120",
             "eval_every=60",
             "eval_episodes=2",

@@ -186,13 +186,13 @@ def test_ties_are_told_from_a_wrong_graph_by_the_planners_own_margins(agent):
     """For sure, each kind: at the last elite, beside the executed one, and in the draw."""
     planner = replace(PLANNER, iterations=1, policy_fraction=0.0)
     agent = replace(agent, config=replace(agent.config, planner=planner))
-    step = exporting._PlannerStep(agent)
-    ports, _ = exporting._ports(agent, "planner")
+    step = exporting.PlannerStep(agent)
+    ports, _ = exporting.ports_of(agent, "planner")
     names = [port.name for port in ports]
     samples, ends = names.index("noise_samples"), names.index("noise_sample_ends")
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
-        inputs = exporting._draw(ports, generator)
+        inputs = exporting.draw_inputs(ports, generator)
         decision = step.decide(*inputs)
         assert not step.hangs_on_rounding(inputs, 1.0)
         ranked = decision.values[0][0].argsort(descending=True)

@@ -16,6 +16,7 @@ FLOORS = [
     ["training"],
     ["saving", "evaluation"],
     ["agent", "autoencoder", "pruning"],
+    ["native"],
     ["ground"],
     ["envs"],
 ]

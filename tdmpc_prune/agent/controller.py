@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from tdmpc_prune.agent.agent import Agent
-from tdmpc_prune.agent.planner import draw_noise, first_means, plan
+from tdmpc_prune.agent.deciding import NativeDeciding, TorchDeciding, choose
+from tdmpc_prune.agent.planner import first_means
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.words import counted
 
@@ -29,25 +30,38 @@ class Controller:
         agent: Agent,
         seed: int = 0,
         layout: Sequence[Mapping[str, Any]] = (),
+        decisions: str = "auto",
     ):
         """Take control.
 
         Args:
-            agent: its networks stay on their device.
+            agent: its networks stay on their device, and in their present widths.
             seed: of the planner's noise.
             layout: `envs.observation_layout`, so that errors name the parts of an observation.
+            decisions: "auto", "native" or "torch": who decides, see `deciding.choose`.
+
+        Raises:
+            UserError: the planner in C was asked for and cannot decide here.
         """
-        self._model, self._config = agent.model, agent.config
-        self._device = agent.device
-        self._action_width = agent.model.widths.action
+        widths = agent.model.widths
+        self.choice = choose(decisions, widths, agent.device)
+        self._planner, self._device = agent.config.planner, agent.device
+        self._observation_width, self._action_width = widths.observation, widths.action
         self._layout = list(layout)
-        self._generator = torch.Generator(self._device).manual_seed(seed)
+        self._native = None
+        if self.choice.path == "native":
+            self._native = NativeDeciding(agent.model, agent.config, seed).planner
+        else:
+            generator = torch.Generator(self._device).manual_seed(seed)
+            self._torch = TorchDeciding(agent.model, agent.config, generator)
         self.reset()
 
     def reset(self) -> None:
         """A new episode begins."""
-        planner = self._config.planner
-        self._means = first_means(planner, 1, self._action_width, self._device)
+        if self._native:
+            self._native.means[:] = 0
+        else:
+            self._means = first_means(self._planner, 1, self._action_width, self._device)
 
     def act(self, observation: np.ndarray | Sequence[float]) -> np.ndarray:
         """Observation `[O]` → action float32 `[A]` in [-1, 1].
@@ -58,10 +72,13 @@ class Controller:
             ObservationError: it has another shape, or is not finite; the controller is as before.
         """
         observation = self._checked(observation)
-        planner, discount = self._config.planner, self._config.learning.discount
-        noise = draw_noise(planner, 1, self._action_width, self._generator)
+        if native := self._native:
+            native.observation[:] = observation
+            native.plan()
+            native.key.decision += 1
+            return native.action.copy()
         inputs = torch.from_numpy(observation).to(self._device).unsqueeze(0)
-        decision = plan(self._model, inputs, self._means, noise, planner, discount)
+        decision = self._torch.decide(inputs, self._means)
         self._means = decision.means
         return decision.actions[0].cpu().numpy()
 
@@ -71,7 +88,7 @@ class Controller:
             given = np.asarray(observation)
         except (ValueError, TypeError, RuntimeError) as error:  # ragged; a tensor elsewhere
             raise self._refusal(str(error).strip().splitlines()[0]) from error
-        if given.shape != (self._model.widths.observation,):
+        if given.shape != (self._observation_width,):
             raise self._refusal(f"got shape {list(given.shape)}")
         if given.dtype.kind not in "fiub":
             raise self._refusal(f"got {given.dtype}")
@@ -84,7 +101,7 @@ class Controller:
 
     def _refusal(self, got: str) -> ObservationError:
         parts = ", ".join(f"{part['name']} {part['size']}" for part in self._layout)
-        expected = f"{counted(self._model.widths.observation, 'number')} expected"
+        expected = f"{counted(self._observation_width, 'number')} expected"
         return ObservationError(f"observation: {expected}{parts and f' ({parts})'}; {got}")
 
     def _name(self, element: int) -> str:
@@ -106,13 +123,15 @@ def clock(device: torch.device) -> Callable[[], float]:
     return time.thread_time if device.type == "cpu" else time.perf_counter
 
 
-def decision_milliseconds(*agents: Agent, repeats: int = 20) -> list[list[float]]:
+def decision_milliseconds(
+    *agents: Agent, repeats: int = 20, decisions: str = "auto"
+) -> list[list[float]]:
     """Times of single decisions of each agent by `clock`, in milliseconds, `repeats` for each.
 
     The agents decide in turn, so that whatever else the machine does meets all alike; the first
-    decision of each is not counted.
+    decision of each is not counted. `decisions` as of `Controller`.
     """
-    controllers = [Controller(agent) for agent in agents]
+    controllers = [Controller(agent, decisions=decisions) for agent in agents]
     observations = [np.zeros(agent.model.widths.observation, np.float32) for agent in agents]
     clocks = [clock(agent.device) for agent in agents]
     times: list[list[float]] = [[] for _ in agents]

@@ -384,7 +384,8 @@ def _new_networks_return(run: Run, job: Job) -> list[float]:
     """The returns right after the networks were initialised anew, whatever was learnt since."""
     agent = run.trainee.agent()
     anew = replace(agent, model=_new_networks(agent.model.widths, job))
-    return evaluate(anew, run.config.eval_episodes, EVALUATION_SEED).returns
+    path, episodes = run.trainee.choice.path, run.config.eval_episodes
+    return evaluate(anew, episodes, EVALUATION_SEED, decisions=path).returns
 
 
 def _pruning(config: StudyConfig, job: Job) -> PruneConfig:

@@ -21,6 +21,7 @@ from tdmpc_prune.agent.planner import draw_noise, first_means, plan
 from tdmpc_prune.agent.replay import Episode, SequenceReplay
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.deploy import playing
+from tdmpc_prune.deploy.candidates import Candidates, measure_candidates
 from tdmpc_prune.deploy.card import recorded_returns
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning.allocation import make_plan
@@ -161,6 +162,7 @@ class Gain:
     dense_returns: list[float]
     returns: list[float]
     dense_played: bool  # else its returns are the ones on file
+    candidates: Candidates | None  # every way to decide, on a CPU
 
     @property
     def times_faster(self) -> float:
@@ -192,6 +194,7 @@ class Gain:
         return (
             f"{table(rows, names)}\n\n"
             f"{self.times_faster:.1f} times as fast{share if dense_return > 0 else ''}"
+            + (f"\n\n{self.candidates.text()}" if self.candidates else "")
         )
 
 
@@ -213,10 +216,13 @@ def gain(agent: Agent, parent: Agent, episodes: int, seed: int, repeats: int) ->
     recorded = recorded_returns(parent)
     if not episodes and not recorded:
         raise UserError("episodes=0, but the dense parent has no return on file")
-    dense_ms, ms = decision_milliseconds(dense, agent, repeats=repeats)
+    dense_ms, ms = decision_milliseconds(dense, agent, repeats=repeats, decisions="torch")
     played = playing.measure(agent, episodes or len(recorded), seed)
     dense_returns = playing.measure(dense, episodes, seed).returns if episodes else recorded
-    return Gain(dense_ms, ms, dense_returns, played.returns, episodes > 0)
+    candidates = None
+    if agent.device.type == "cpu":
+        candidates = measure_candidates(agent, dense, repeats)
+    return Gain(dense_ms, ms, dense_returns, played.returns, episodes > 0, candidates)
 
 
 def _pruning_cost(

@@ -12,6 +12,7 @@ from typing import Any
 from envs import make_env, simulator_step_seconds
 from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.controller import CPU_MS, decision_milliseconds, median_and_p95
+from tdmpc_prune.agent.deciding import WHO, choose
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.evaluation import Evaluation
 from tdmpc_prune.machine import machine
@@ -31,6 +32,7 @@ class Column:
     source: str  # of the returns: "measured" or "recorded"
     decision_ms: float  # median
     p95_ms: float
+    decisions: str  # "native" or "torch"
 
 
 def columns(
@@ -38,19 +40,22 @@ def columns(
     evaluation: Evaluation,
     parent: Agent | None,
     parent_evaluation: Evaluation | None,
+    decisions: str = "auto",
 ) -> list[Column]:
     """The agent and, if there is one, its parent; both are timed here, side by side.
 
     A parent that was not evaluated now is quoted with the returns that are on file for it.
+    `decisions` as of `deciding.choose`.
     """
     agents = [agent, parent] if parent else [agent]
-    times = decision_milliseconds(*agents)
-    found = [Column(agent, evaluation.returns, "measured", *median_and_p95(times[0]))]
+    path = choose(decisions, agent.model.widths, agent.device).path
+    times = decision_milliseconds(*agents, decisions=path)
+    found = [Column(agent, evaluation.returns, "measured", *median_and_p95(times[0]), path)]
     if parent:
         measured = parent_evaluation is not None
         returns = parent_evaluation.returns if measured else recorded_returns(parent)
         source = "measured" if measured else "recorded"
-        found.append(Column(parent, returns, source, *median_and_p95(times[1])))
+        found.append(Column(parent, returns, source, *median_and_p95(times[1]), path))
     return found
 
 
@@ -149,6 +154,7 @@ def ship(
         "decision_p95_ms": column.p95_ms,
         "machine": machine(),
         "threads": threads,
+        "decisions": column.decisions,
     }
     commands = [*agent.provenance.get("commands", []), command]
     provenance = agent.provenance | {"evaluation": measured, "commands": commands}
@@ -160,7 +166,8 @@ def ship(
 
 
 def _card(name: str, found: list[Column], measured: dict[str, Any]) -> str:
-    agent, returns = found[0].agent, found[0].returns
+    column = found[0]
+    agent, returns = column.agent, column.returns
     pruning = agent.provenance.get("pruning")
     how = "dense" if agent.is_dense else f"pruned by `{pruning['method']}`" if pruning else "pruned"
     lines = [
@@ -176,7 +183,8 @@ def _card(name: str, found: list[Column], measured: dict[str, Any]) -> str:
         f"Returns are of {counted(len(returns), 'episode')} from seed {measured['seed']}: "
         + ", ".join(f"{value:.0f}" for value in returns)
         + ". Milliseconds per decision: CPU time of the deciding thread, one environment, "
-        f"{counted(measured['threads'], 'thread')} of a {measured['machine']}.",
+        f"{counted(measured['threads'], 'thread')} of a {measured['machine']}, "
+        f"{WHO[column.decisions]} deciding.",
     ]
     if pruning and pruning.get("shortfall") and (pruning["cuts"] or pruning["undone"]):
         lines += [

@@ -10,7 +10,15 @@ from omegaconf import MISSING
 from envs import task_name
 from tdmpc_prune.agent.config import PRESETS, AgentConfig
 from tdmpc_prune.pruning.config import RANKINGS, PruneConfig
-from tdmpc_prune.settings import RUN_OR_CHECKPOINT, Idle, among, check_machine, require, setting
+from tdmpc_prune.settings import (
+    DECISIONS,
+    RUN_OR_CHECKPOINT,
+    Idle,
+    among,
+    check_machine,
+    require,
+    setting,
+)
 from tdmpc_prune.training.config import PruneCheckpointConfig
 
 
@@ -35,6 +43,7 @@ class EvaluateConfig:
     )
     device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
     threads: int = setting(1, "CPU threads")
+    decisions: str = setting("auto", DECISIONS)
 
     def __post_init__(self):
         if self.task is not None:
@@ -45,7 +54,7 @@ class EvaluateConfig:
             not (self.viewer and (self.video or self.save)),
             "viewer=true plays until the window is closed; give video= or save= without it",
         )
-        check_machine(self.device, self.threads)
+        check_machine(self.device, self.threads, self.decisions)
 
     def idle(self, given: Sequence[str]) -> Idle | None:
         """A given setting without effect."""
@@ -88,6 +97,7 @@ class FitConfig:
         None, "folder for the fitted agent; null takes runs/<task>/fitted-<rate>hz"
     )
     threads: int = setting(1, "CPU threads that it will run with")
+    decisions: str = setting("auto", DECISIONS)
 
     def __post_init__(self):
         require(self.rate_hz > 0, f"rate_hz={self.rate_hz} must be positive")
@@ -101,7 +111,7 @@ class FitConfig:
             self.env_steps is None or self.env_steps >= 0,
             f"env_steps={self.env_steps} cannot be negative",
         )
-        check_machine("cpu", self.threads)
+        check_machine("cpu", self.threads, self.decisions)
 
     def idle(self, given: Sequence[str]) -> Idle | None:
         """A given setting without effect."""
@@ -124,15 +134,41 @@ class ExportConfig:
     """An export of a saved agent."""
 
     checkpoint: str = setting(MISSING, RUN_OR_CHECKPOINT, positional=True)
-    format: str = setting("onnx", "onnx")
+    format: str = setting("onnx", "onnx (one graph), or c (a folder that compiles as it is)")
     part: str = setting("planner", "planner (the whole decision), or policy (without planning)")
     out: str | None = setting(
-        None, "file to write, *.onnx; its description goes beside it; null takes <task>-<part>.onnx"
+        None,
+        "file to write, *.onnx, its description goes beside it; or folder to write in C; null "
+        "takes <task>-<part>.onnx, or <task>-<part>-c",
+    )
+    weights: str = setting(
+        "float32", "how C stores matrices: float32, float16 or int8; it computes in float32"
+    )
+    flash_kb: float | None = setting(
+        None, "flash memory that the C program must fit into, in units of 1 000 bytes"
     )
 
     def __post_init__(self):
-        require(self.format == "onnx", f"format={self.format} is not known; the only one is onnx")
+        require(
+            self.format in ("onnx", "c"),
+            f"format={self.format} is not known; it must be onnx or c",
+        )
         require(self.part in ("planner", "policy"), f"part={self.part} must be planner or policy")
+        require(
+            self.weights in ("float32", "float16", "int8"),
+            f"weights={self.weights} must be float32, float16 or int8",
+        )
+        require(
+            self.flash_kb is None or self.flash_kb > 0,
+            f"flash_kb={self.flash_kb} must be positive",
+        )
+
+    def idle(self, given: Sequence[str]) -> Idle | None:
+        """A given setting without effect."""
+        name = among(given, "weights", "flash_kb")
+        if name and self.format != "c":
+            return Idle(name, "without format=c", "format=c")
+        return None
 
 
 @dataclass(frozen=True)
@@ -156,6 +192,9 @@ class BenchmarkConfig:
     device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
     threads: int = setting(1, "CPU threads")
     json: str | None = setting(None, "file to write the measurements to")
+    page: str | None = setting(
+        None, "page of measured machines (Markdown) to add a line of this measurement to"
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "task", task_name(self.task))
@@ -170,5 +209,5 @@ class BenchmarkConfig:
         if self.checkpoint:
             name = among(given, "environments", "model", "model.")
             return Idle(name, "with checkpoint=…, which brings its own") if name else None
-        name = among(given, "episodes", "seed")
+        name = among(given, "episodes", "seed", "page")
         return Idle(name, "without checkpoint=…, whose episodes are played") if name else None

@@ -37,7 +37,7 @@ _OPSET = 17
 _NOISE = ("samples", "sample_ends", "policy", "policy_ends", "choice")  # no exploration
 
 
-class _PlannerStep(nn.Module):
+class PlannerStep(nn.Module):
     """The planner as a module of tensors alone, for one environment, without its E dimension."""
 
     def __init__(self, agent: Agent):
@@ -85,7 +85,7 @@ class _PlannerStep(nn.Module):
         return any(ties) or difference <= _ROUNDING * own
 
 
-class _PolicyStep(nn.Module):
+class PolicyStep(nn.Module):
     """The policy's action for an observation, without planning and without noise."""
 
     def __init__(self, agent: Agent):
@@ -100,7 +100,7 @@ class _PolicyStep(nn.Module):
         return False
 
 
-_Step = _PlannerStep | _PolicyStep
+Step = PlannerStep | PolicyStep
 
 
 @dataclass(frozen=True)
@@ -114,15 +114,50 @@ class Port:
 
 
 @dataclass(frozen=True)
+class Check:
+    """What an export and PyTorch make of the same random observations."""
+
+    difference: float  # largest, over all outputs and checked observations but the jumps
+    jumps: int  # observations where an elite hangs on rounding, in PyTorch as well
+    own_ms: float  # median per decision, one thread, side by side
+    torch_ms: float
+
+    def accept(self, part: str) -> None:
+        """Raises RunError: what was exported is not what PyTorch computes."""
+        if self.difference > TOLERANCE:
+            raise RunError(
+                f"the exported {part} differs from PyTorch by {self.difference:.1e}, and not by "
+                f"rounding; nothing was saved"
+            )
+        if self.jumps > MOST_JUMPS * CHECKED:
+            raise RunError(
+                f"the exported {part} differs from PyTorch at {self.jumps} of {CHECKED} "
+                f"observations at which rounding may decide, which is too often; nothing was saved"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "largest_difference_to_pytorch": self.difference,
+            "observations_checked": CHECKED,
+            "of_these_decided_by_rounding": self.jumps,
+        }
+
+
+@dataclass(frozen=True)
 class Export:
     """What was exported, and how it compares with PyTorch."""
 
     graph: Path
     sidecar: Path
-    difference: float  # largest, over all outputs and checked observations but the jumps
-    jumps: int  # observations where an elite hangs on rounding, in PyTorch as well
-    onnx_ms: float  # median per decision, one thread, side by side
-    torch_ms: float
+    check: Check
+
+    @property
+    def difference(self) -> float:
+        return self.check.difference
+
+    @property
+    def jumps(self) -> int:
+        return self.check.jumps
 
 
 def export(agent: Agent, part: str, path: Path) -> Export:
@@ -140,43 +175,51 @@ def export(agent: Agent, part: str, path: Path) -> Export:
     ort = _require_onnx()
     if path.suffix != ".onnx":
         raise UserError(f"out={path} must end in .onnx")
-    module = (_PlannerStep if part == "planner" else _PolicyStep)(agent).eval()
-    inputs, outputs = _ports(agent, part)
+    module = (PlannerStep if part == "planner" else PolicyStep)(agent).eval()
+    inputs, outputs = ports_of(agent, part)
     generator = torch.Generator().manual_seed(0)
-    example = _draw(inputs, generator)
     sidecar = sidecar_of(path)
     with _parts(path, sidecar) as (graph, description_file):
-        with warnings.catch_warnings():
-            # The tracer warns of sizes that are taken as constants, which is meant: all are fixed.
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                module,
-                tuple(example),
-                str(graph),
-                input_names=[port.name for port in inputs],
-                output_names=[port.name for port in outputs],
-                opset_version=_OPSET,
-                dynamo=False,
-            )
-        check = _compare(module, _session(ort, graph), inputs, generator)
-        if check.difference > TOLERANCE:
-            raise RunError(
-                f"the exported {part} differs from PyTorch by {check.difference:.1e}, and not by "
-                f"rounding; nothing was saved"
-            )
-        if check.jumps > MOST_JUMPS * CHECKED:
-            raise RunError(
-                f"the exported {part} differs from PyTorch at {check.jumps} of {CHECKED} "
-                f"observations at which rounding may decide, which is too often; nothing was saved"
-            )
-        description = _description(agent, part, inputs, outputs) | {
-            "largest_difference_to_pytorch": check.difference,
-            "observations_checked": CHECKED,
-            "of_these_decided_by_rounding": check.jumps,
+        _write_graph(module, inputs, outputs, generator, graph)
+        check = compare(module, _session(ort, graph), inputs, generator)
+        check.accept(part)
+        description = description_of(agent, part, inputs, outputs, "ONNX") | {
+            **check.as_json(),
             "sha256": hashlib.sha256(graph.read_bytes()).hexdigest(),
         }
         description_file.write_text(json.dumps(description, indent=1) + "\n")
-    return Export(path, sidecar, **vars(check))
+    return Export(path, sidecar, check)
+
+
+def graph_session(agent: Agent, part: str, path: Path) -> Any:
+    """ONNX Runtime with an agent's graph, unchecked, written to `path`.
+
+    Raises:
+        UserError: ONNX or its runtime is not installed.
+    """
+    ort = _require_onnx()
+    module = (PlannerStep if part == "planner" else PolicyStep)(agent).eval()
+    inputs, outputs = ports_of(agent, part)
+    _write_graph(module, inputs, outputs, torch.Generator().manual_seed(0), path)
+    return _session(ort, path)
+
+
+def _write_graph(
+    module: Step, inputs: list[Port], outputs: list[Port], generator: torch.Generator, path: Path
+) -> None:
+    example = draw_inputs(inputs, generator)
+    with warnings.catch_warnings():
+        # The tracer warns of sizes that are taken as constants, which is meant: all are fixed.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            tuple(example),
+            str(path),
+            input_names=[port.name for port in inputs],
+            output_names=[port.name for port in outputs],
+            opset_version=_OPSET,
+            dynamo=False,
+        )
 
 
 def sidecar_of(graph: Path) -> Path:
@@ -216,7 +259,7 @@ def _parts(*targets: Path):
                 part.unlink(missing_ok=True)
 
 
-def _ports(agent: Agent, part: str) -> tuple[list[Port], list[Port]]:
+def ports_of(agent: Agent, part: str) -> tuple[list[Port], list[Port]]:
     """Inputs and outputs of the graph, in its order."""
     widths, planner = agent.model.widths, agent.config.planner
     observation = Port("observation", (widths.observation,), "the task's observation, unscaled")
@@ -247,7 +290,7 @@ def _noise(agent: Agent) -> dict[str, Tensor]:
     return {name: drawn[name] for name in _NOISE}
 
 
-def _draw(inputs: list[Port], generator: torch.Generator) -> list[Tensor]:
+def draw_inputs(inputs: list[Port], generator: torch.Generator) -> list[Tensor]:
     """Random inputs of the graph."""
     return [
         torch.rand(port.shape, generator=generator)
@@ -265,24 +308,16 @@ def _session(ort, graph: Path):
     return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
 
-@dataclass(frozen=True)
-class _Check:
-    difference: float
-    jumps: int
-    onnx_ms: float
-    torch_ms: float
-
-
-def _compare(module: _Step, session, inputs: list[Port], generator: torch.Generator) -> _Check:
+def compare(module: Step, session: Any, inputs: list[Port], generator: torch.Generator) -> Check:
     """Both on random observations with fixed noise.
 
     The planner takes the best sequences of many. Where the last of them is as good as the next to
     within rounding, two correct programs choose differently. Such observations say nothing about
-    the graph; they are counted.
+    the graph; they are counted. `session.run(None, inputs by name)` gives the outputs.
     """
-    largest, jumps, times = 0.0, 0, {"onnx": [], "torch": []}
+    largest, jumps, times = 0.0, 0, {"own": [], "torch": []}
     names = [port.name for port in inputs]
-    fixed = _draw(inputs[1:], generator)
+    fixed = draw_inputs(inputs[1:], generator)
 
     def timed(who: str, call: Callable[[], Any]) -> Any:
         began = time.perf_counter()
@@ -292,16 +327,16 @@ def _compare(module: _Step, session, inputs: list[Port], generator: torch.Genera
 
     with torch.no_grad():
         for _ in trange(CHECKED, desc="checking", unit="observation", leave=False):
-            values = [*_draw(inputs[:1], generator), *fixed]
+            values = [*draw_inputs(inputs[:1], generator), *fixed]
             fed = dict(zip(names, (value.numpy() for value in values), strict=True))
             ours = timed("torch", lambda values=values: module(*values))
-            theirs = timed("onnx", lambda fed=fed: session.run(None, fed))
+            theirs = timed("own", lambda fed=fed: session.run(None, fed))
             difference = max(map(_largest, ours, map(torch.from_numpy, theirs)))
             if difference > TOLERANCE and module.hangs_on_rounding(values, difference):
                 jumps += 1
             else:
                 largest = max(largest, difference)
-    return _Check(largest, jumps, float(np.median(times["onnx"])), float(np.median(times["torch"])))
+    return Check(largest, jumps, float(np.median(times["own"])), float(np.median(times["torch"])))
 
 
 def _largest(ones: Tensor, others: Tensor) -> float:
@@ -309,13 +344,15 @@ def _largest(ones: Tensor, others: Tensor) -> float:
     return float((ones - others).abs().nan_to_num(math.inf).max())
 
 
-def _description(
-    agent: Agent, part: str, inputs: list[Port], outputs: list[Port]
+def description_of(
+    agent: Agent, part: str, inputs: list[Port], outputs: list[Port], kind: str
 ) -> dict[str, Any]:
-    """The sidecar."""
+    """What a program needs to know: of an `kind` export."""
     env = make_env(agent.task)
     seconds = simulator_step_seconds(env)
     layout = observation_layout(env)
+    box = env.unwrapped.action_space
+    limits = [[float(low), float(high)] for low, high in zip(box.low, box.high, strict=True)]
     env.close()
 
     def listed(ports: list[Port]) -> list[dict[str, Any]]:
@@ -326,7 +363,7 @@ def _description(
         ]
 
     return {
-        "format": "tdmpc_prune ONNX export",
+        "format": f"tdmpc_prune {kind} export",
         "part": part,
         "task": agent.task,
         "inputs": listed(inputs),
@@ -334,6 +371,7 @@ def _description(
         "observation": layout,
         "observation_units": "as the simulator's: MuJoCo's are SI (m, rad, s, kg) unless scaled",
         "action_units": "-1 and 1 are the ends of each actuator's control range",
+        "action_limits": limits,
         "action_repeat": agent.action_repeat,
         "control_period_seconds": seconds * agent.action_repeat if seconds else None,
         "provenance": agent.provenance,

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.config import PlannerConfig
 from tdmpc_prune.agent.controller import decision_milliseconds, median_and_p95
+from tdmpc_prune.agent.deciding import choose
 from tdmpc_prune.deploy import card as agent_report
 from tdmpc_prune.deploy import fit_report, playing
 from tdmpc_prune.deploy.card import recorded_returns
@@ -68,13 +69,16 @@ def search(config: FitConfig, found: dict[str, Agent], reference: Reference) -> 
     largest = [
         candidate
         for name, agent in tqdm(found.items(), desc="timing", unit="network", leave=False)
-        for candidate in _largest_budgets(name, agent, _MARGIN * period)
+        for candidate in _largest_budgets(name, agent, _MARGIN * period, config.decisions)
     ]
-    largest = _timed_in_turn(largest, found)
+    largest = _timed_in_turn(largest, found, config.decisions)
 
     def play(candidate: Candidate, episodes: int, seed: int) -> Candidate:
         agent = _with_budget(found[candidate.network], candidate)
-        returns = (*candidate.returns, *playing.measure(agent, episodes, seed).returns)
+        returns = (
+            *candidate.returns,
+            *playing.measure(agent, episodes, seed, config.decisions).returns,
+        )
         return replace(candidate, returns=returns, first=candidate.first or episodes)
 
     first = -(-config.episodes // _FIRST_LOOK)
@@ -91,14 +95,14 @@ def search(config: FitConfig, found: dict[str, Agent], reference: Reference) -> 
 
     confirmations = []
     again = played[:_SECOND_LOOK]
-    each = _decision_times(again, found, _CONFIRMING_REPEATS)
+    each = _decision_times(again, found, _CONFIRMING_REPEATS, config.decisions)
     for place, (candidate, times) in enumerate(zip(again, each, strict=True), start=1):
         agent = _with_budget(found[candidate.network], candidate)
         evaluation = None
         if np.median(times) <= period:
             # Episodes that neither chose it nor judged another one.
             seed = config.seed + place * config.episodes
-            evaluation = playing.measure(agent, config.episodes, seed)
+            evaluation = playing.measure(agent, config.episodes, seed, config.decisions)
         confirmations.append(Confirmation(candidate, times, evaluation))
         if evaluation is not None and evaluation.mean >= least_return:
             return Fit(played, period, least_return, reference, confirmations, agent)
@@ -126,7 +130,12 @@ def cutting(config: FitConfig) -> PruneCheckpointConfig | None:
     if not steps:
         return None
     cut = PruneCheckpointConfig(
-        config.checkpoint, config.prune, steps, seed=config.seed, threads=config.threads
+        config.checkpoint,
+        config.prune,
+        steps,
+        seed=config.seed,
+        threads=config.threads,
+        decisions=config.decisions,
     )
     run_dir = default_run_dir(pruning_run(cut, []))
     if (run_dir / "run.json").exists():
@@ -165,15 +174,17 @@ def fit(config: FitConfig, folder: Path, command: str) -> Fit:
     """
     found = load_agents(config.checkpoint)
     dense = dense_agent(config)
+    decisions = choose(config.decisions, dense.model.widths, dense.device).path
+    config = replace(config, decisions=decisions)
     card = dense.provenance.get("evaluation", {"returns": []})
     played = None
     if len(card["returns"]) < config.episodes:
-        played = playing.measure(dense, config.episodes, config.seed)
+        played = playing.measure(dense, config.episodes, config.seed, decisions)
     returns = played.returns if played else card["returns"]
     result = search(config, found, best_known(found, float(np.mean(returns))))
     if result.fitted:
         last = result.confirmations[-1]
-        columns = agent_report.columns(result.fitted, last.evaluation, dense, played)
+        columns = agent_report.columns(result.fitted, last.evaluation, dense, played, decisions)
         files = {
             "frontier.md": fit_report.table(result).encode(),
             "frontier.csv": fit_report.candidates_csv(result).encode(),
@@ -213,7 +224,7 @@ def _budget(planner: PlannerConfig, samples: int, iterations: int, horizon: int)
     )
 
 
-def _largest_budgets(name: str, agent: Agent, limit_ms: float) -> list[Candidate]:
+def _largest_budgets(name: str, agent: Agent, limit_ms: float, decisions: str) -> list[Candidate]:
     """The budgets that are fast enough and of which none is larger in every respect.
 
     Time grows with each of samples, iterations and horizon, so that one timing decides on all
@@ -227,7 +238,9 @@ def _largest_budgets(name: str, agent: Agent, limit_ms: float) -> list[Candidate
             continue
         if any(_within(other, planner) for other in slow):
             continue
-        (times,) = decision_milliseconds(agent.with_planner(planner), repeats=_REPEATS)
+        (times,) = decision_milliseconds(
+            agent.with_planner(planner), repeats=_REPEATS, decisions=decisions
+        )
         found = median_and_p95(times)
         if found[0] <= limit_ms:
             fast.append((planner, found))
@@ -248,16 +261,18 @@ def _largest_budgets(name: str, agent: Agent, limit_ms: float) -> list[Candidate
 
 
 def _decision_times(
-    candidates: list[Candidate], found: dict[str, Agent], repeats: int
+    candidates: list[Candidate], found: dict[str, Agent], repeats: int, decisions: str
 ) -> list[list[float]]:
     """Times of single decisions of all candidates in turn, ms."""
     agents = [_with_budget(found[candidate.network], candidate) for candidate in candidates]
-    return decision_milliseconds(*agents, repeats=repeats)
+    return decision_milliseconds(*agents, repeats=repeats, decisions=decisions)
 
 
-def _timed_in_turn(candidates: list[Candidate], found: dict[str, Agent]) -> list[Candidate]:
+def _timed_in_turn(
+    candidates: list[Candidate], found: dict[str, Agent], decisions: str
+) -> list[Candidate]:
     """The candidates with times that can be compared with each other."""
-    times = map(median_and_p95, _decision_times(candidates, found, _REPEATS))
+    times = map(median_and_p95, _decision_times(candidates, found, _REPEATS, decisions))
     return [
         replace(candidate, decision_ms=median, p95_ms=p95)
         for candidate, (median, p95) in zip(candidates, times, strict=True)

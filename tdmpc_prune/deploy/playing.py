@@ -57,7 +57,7 @@ def episode(
                 break
 
 
-def view(agent: Agent, seed: int) -> Iterator[str]:
+def view(agent: Agent, seed: int, decisions: str = "auto") -> Iterator[str]:
     """Play episodes in the viewer until its window is closed: its keys, and a sentence for each.
 
     Raises:
@@ -67,7 +67,7 @@ def view(agent: Agent, seed: int) -> Iterator[str]:
     check_sizes(agent.model, env, agent.task)
     step_seconds = _step_seconds(env, agent.task)
     period = 1000 * step_seconds * agent.action_repeat
-    controller = Controller(agent, seed, observation_layout(env))
+    controller = Controller(agent, seed, observation_layout(env), decisions)
     with Viewer(env) as viewer:
         yield KEYS
         while viewer.is_open:
@@ -91,13 +91,15 @@ def view(agent: Agent, seed: int) -> Iterator[str]:
     yield f"{viewer.frames} frames were shown"
 
 
-def measure(agent: Agent, episodes: int, seed: int) -> Evaluation:
+def measure(agent: Agent, episodes: int, seed: int, decisions: str = "auto") -> Evaluation:
     """Play episodes without pictures, all at once."""
     with tqdm(desc="playing", unit=" decisions", leave=False, disable=None) as bar:
-        return evaluate(agent, episodes, seed, on_decision=bar.update)
+        return evaluate(agent, episodes, seed, on_decision=bar.update, decisions=decisions)
 
 
-def record(agent: Agent, episodes: int, seed: int, path: Path) -> Evaluation:
+def record(
+    agent: Agent, episodes: int, seed: int, path: Path, decisions: str = "auto"
+) -> Evaluation:
     """Play episodes one after another into a film.
 
     Raises:
@@ -107,7 +109,7 @@ def record(agent: Agent, episodes: int, seed: int, path: Path) -> Evaluation:
     env = make_env(agent.task, action_repeat=1, render_mode="rgb_array")
     check_sizes(agent.model, env, agent.task)
     step_seconds = _step_seconds(env, agent.task)
-    controller = Controller(agent, seed, observation_layout(env))
+    controller = Controller(agent, seed, observation_layout(env), decisions)
     returns, decisions = [], 0
     deciding = drawing = 0.0  # s
     env.reset(seed=seed)

@@ -22,8 +22,9 @@ from envs.tasks import default_action_repeat
 from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.calibration import Pool, agent_calibration, draw_pool
 from tdmpc_prune.agent.computation import agent_computation
+from tdmpc_prune.agent.deciding import Deciding, choose, deciding
 from tdmpc_prune.agent.learner import Learner
-from tdmpc_prune.agent.planner import draw_noise, first_means, plan
+from tdmpc_prune.agent.planner import first_means, plan
 from tdmpc_prune.agent.replay import Episode, SequenceReplay
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.errors import UserError
@@ -94,6 +95,8 @@ class AgentTraining:
         self._plan = plan
         if self.device.type == "cuda":  # captured as CUDA graphs
             self._plan = torch.compile(plan, mode="reduce-overhead")
+        self.choice = choose(config.decisions, self._dense_widths(), self.device)
+        self._deciding: Deciding | None = None  # with the networks of the episode in progress
 
         self.progress = Progress()
         self.episode: EpisodeInProgress | None = None
@@ -111,6 +114,10 @@ class AgentTraining:
     def what(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return f"{self.config.task}: {counted(parameters, 'parameter')} on {self.device.type}"
+
+    @property
+    def remark(self) -> str | None:
+        return self.choice.text() if self.choice.because else None
 
     @property
     def now(self) -> int:
@@ -202,21 +209,15 @@ class AgentTraining:
 
     def _planned_action(self, observation: np.ndarray) -> np.ndarray:
         config, decisions = self.config.model, self.progress.decisions
-        noise = draw_noise(
-            config.planner,
-            1,
-            self.action_width,
-            self.generator,
-            config.planner.horizon_at(decisions),
+        self._deciding = self._deciding or deciding(
+            self.choice.path, self.model, config, self.config.seed, self.generator, self._plan
         )
-        decision = self._plan(
-            self.model,
+        decision = self._deciding.decide(
             torch.from_numpy(observation).to(self.device).unsqueeze(0),
             self.means,
-            noise,
-            config.planner,
-            config.learning.discount,
-            torch.tensor(config.planner.min_std_at(decisions), device=self.device),
+            decision=decisions,
+            horizon=config.planner.horizon_at(decisions),
+            min_std=config.planner.min_std_at(decisions),
             explore=True,
         )
         self.means = decision.means.clone()
@@ -239,7 +240,7 @@ class AgentTraining:
             broken: why it was broken off before its next step, or even its first.
         """
         progress, episode = self.progress, self.episode or EpisodeInProgress([], planned=False)
-        self.episode = self._lost = None
+        self.episode = self._lost = self._deciding = None
         progress.episodes += 1
         if episode.actions:
             self.replay.add(
@@ -328,6 +329,7 @@ class AgentTraining:
             EVALUATION_SEED,
             interrupted=interrupted,
             broken=broken.append,
+            decisions=self.choice.path,
         )
         if evaluation is not None:
             for error in broken:  # their returns are those up to there
@@ -387,8 +389,9 @@ class AgentTraining:
         agents |= {name: latest}
         for agent in agents.values():
             agent.model.to(self.device)
-        times = report.times(agents)
-        log.record("times", self.now, threads=torch.get_num_threads(), agents=times)
+        times = report.times(agents, self.choice.path)
+        about = {"threads": torch.get_num_threads(), "decisions": self.choice.path}
+        log.record("times", self.now, **about, agents=times)
         log.text("decision times", report.times_table(times), self.now)
         lines = [report.times_table(times)]
         if self.progress.broken_episodes:
@@ -444,6 +447,7 @@ class AgentTraining:
         agent = self.config.model
         check_sizes(model, self.env, self.config.task)
         self.learner = Learner(model.to(self.device), agent.planner, agent.learning)
+        self._deciding = None
         self.learner.updates = updates
         if state:
             self.learner.load_state(state, updates)

@@ -59,7 +59,7 @@ class Fidelity:
 class AutoencoderTraining:
     """An autoencoder that learns images."""
 
-    unit, score = "updates", "PSNR"
+    unit, score, remark = "updates", "PSNR", None
     script, learning_rate = "train_autoencoder.py", "learning.learning_rate"
 
     def __init__(self, config: AutoencoderConfig):

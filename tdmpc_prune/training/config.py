@@ -14,7 +14,15 @@ from tdmpc_prune.autoencoder.config import IMAGES, DataConfig
 from tdmpc_prune.autoencoder.config import LearningConfig as AutoencoderLearningConfig
 from tdmpc_prune.autoencoder.config import NetworkConfig as AutoencoderNetworkConfig
 from tdmpc_prune.pruning.config import METHODS, ONE_CUT, RANKINGS, PruneConfig
-from tdmpc_prune.settings import RUN_OR_CHECKPOINT, Idle, among, check_machine, require, setting
+from tdmpc_prune.settings import (
+    DECISIONS,
+    RUN_OR_CHECKPOINT,
+    Idle,
+    among,
+    check_machine,
+    require,
+    setting,
+)
 
 
 def _not_gathered(config: Any, given: Sequence[str]) -> Idle | None:
@@ -64,6 +72,7 @@ class TrainConfig:
     )
     device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
     threads: int = setting(1, "CPU threads; more only helps while other processes leave cores idle")
+    decisions: str = setting("auto", DECISIONS)
 
     def __post_init__(self):
         object.__setattr__(self, "task", task_name(self.task))  # one task, one name
@@ -71,7 +80,7 @@ class TrainConfig:
             value = getattr(self, name)
             require(value >= 1, f"{name}={value} must be at least 1")
         require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31)")
-        check_machine(self.device, self.threads)
+        check_machine(self.device, self.threads, self.decisions)
 
     @property
     def subject(self) -> str:
@@ -163,12 +172,13 @@ class PruneCheckpointConfig:
     eval_episodes: int = setting(10, "episodes per evaluation of an agent")
     device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
     threads: int = setting(1, "CPU threads")
+    decisions: str = setting("auto", DECISIONS)
 
     def __post_init__(self):
         require(self.env_steps >= 0, f"env_steps={self.env_steps} cannot be negative")
         require(self.updates >= 0, f"updates={self.updates} cannot be negative")
         require(self.prune.method != "none", "prune=none cuts nothing; choose what ranks the units")
-        check_machine(self.device, self.threads)
+        check_machine(self.device, self.threads, self.decisions)
 
     def idle(self, given: Sequence[str]) -> Idle | None:
         """A given setting without effect."""

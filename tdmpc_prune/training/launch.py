@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from tdmpc_prune.agent.deciding import unavailable
 from tdmpc_prune.agent.world_model import Widths
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning.plan import Plan
@@ -30,7 +31,7 @@ RunConfig = TrainConfig | AutoencoderConfig
 _KINDS = {TrainConfig: ("an agent", "train.py")}
 _KINDS |= {AutoencoderConfig: ("an autoencoder", "train_autoencoder.py")}
 _OF_AGENTS = {  # settings of `PruneCheckpointConfig`
-    *("env_steps", "device", "eval_episodes"),
+    *("env_steps", "device", "eval_episodes", "decisions"),
     *("prune.distil", "prune.eval_episodes", "prune.gather_episodes"),
 }
 _OF_AUTOENCODERS = {"updates"}
@@ -50,7 +51,10 @@ def start(config: RunConfig, command: list[str]) -> Run:
         TaskError: see `envs.make_env`.
     """
     run = prepare(config)
-    run.folder.create(to_plain(config), command)
+    settings = to_plain(config)
+    if isinstance(config, TrainConfig):
+        settings["decisions"] = run.trainee.choice.path  # resumed by whoever began
+    run.folder.create(settings, command)
     return _begun(run)
 
 
@@ -93,6 +97,9 @@ def resume(config: RunConfig, given: list[str]) -> Run:
         raise UserError(
             f"'{folder}' is the run of {what}; go on with: {typed(script, resume=folder)}"
         )
+    if theirs is TrainConfig:
+        settings.setdefault("decisions", "torch")  # older runs had no other
+        _check_decisions(folder, settings["decisions"])
     saved = from_plain(kind, settings)
     for name in given:
         if name != "resume" and name not in kind.MAY_CHANGE_ON_RESUME:
@@ -109,6 +116,16 @@ def resume(config: RunConfig, given: list[str]) -> Run:
     with folder.owned():  # who is at work in it replaces what is read here
         run.load()
     return run
+
+
+def _check_decisions(folder: RunFolder, decisions: str) -> None:
+    """Refuse to go on with a run whose decisions cannot be made here."""
+    because = unavailable() if decisions == "native" else None
+    if because:
+        raise UserError(
+            f"'{folder}' was begun with decisions=native, and cannot go on exactly with another: "
+            f"{because}"
+        )
 
 
 def _begun(run: Run) -> Run:
@@ -179,6 +196,7 @@ def _of_agent(config: PruneCheckpointConfig, given: list[str]) -> TrainConfig:
         env_steps=agent.provenance["env_steps"] + config.env_steps,
         device=config.device,
         threads=config.threads,
+        decisions=config.decisions,
         action_repeat=agent.action_repeat,
         eval_every=config.eval_every or 5_000,
         eval_episodes=config.eval_episodes,

@@ -198,9 +198,9 @@ def reconstructions(folder: RunFolder, rows: Mapping[str, Tensor]) -> Path:
 Times = dict[str, dict[str, Any]]  # agent → its size, and "decision_ms" → "median", "p95"
 
 
-def times(agents: Mapping[str, Agent]) -> Times:
+def times(agents: Mapping[str, Agent], decisions: str) -> Times:
     """Each agent's size, and median and 95 % of its time per decision, measured in turn."""
-    measured = decision_milliseconds(*agents.values(), repeats=_REPEATS)
+    measured = decision_milliseconds(*agents.values(), repeats=_REPEATS, decisions=decisions)
     found = {}
     for (name, agent), own in zip(agents.items(), measured, strict=True):
         median, p95 = median_and_p95(own)

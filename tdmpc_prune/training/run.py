@@ -105,6 +105,8 @@ class Run:
         self.log = RunLog(folder, self.now, trainee.end, history, trainee.unit, name)
         self.log.hyperparameters(to_plain(self.config), trainee.score)
         self.log.say(self._first_line())
+        if trainee.remark:
+            self.log.say(trainee.remark)
         try:
             with self._stop_request:
                 self.was_finished = True

@@ -46,6 +46,7 @@ class Trainee(Protocol):
         score: what is measured: "return", "PSNR".
         script: that trains it, for the line that says how to go on.
         what: it is, how big, and where, for the first line of a run.
+        remark: what a person should know beside that, or None.
         learning_rate: the setting's name, for the line that says what may help.
         config: the run's settings: `prune`, `seed`, `eval_every`, `start_from` and its own.
         learner: networks, optimisers, updates so far.
@@ -58,6 +59,7 @@ class Trainee(Protocol):
     script: str
     learning_rate: str
     what: str
+    remark: str | None
     config: Any
     learner: Learner
     averages: Averages

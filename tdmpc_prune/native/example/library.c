@@ -1,0 +1,2 @@
+/* The agent's constants as symbols of a shared library. */
+#include "weights.h"
