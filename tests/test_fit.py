@@ -40,7 +40,7 @@ def test_the_largest_fast_budgets_are_those_of_brute_force(limit, powers):
     agent = Agent(None, PRESETS["default"].value, "x", 1)
     timed = []
 
-    def times(agent, repeats):
+    def times(agent, repeats, decisions="auto"):
         timed.append(agent.config.planner)
         return [[cost(agent.config.planner)] * repeats]
 
@@ -82,7 +82,7 @@ def search_with(returns, monkeypatch, confirmed_ms=4.0, **settings):
     agents = {name: Agent(name, config, "x", 1, {}) for name in returns}
     monkeypatch.setattr(Agent, "size", lambda _: {"parameters": 1, "sparsity": 0.0})
 
-    def times(*agents, repeats):
+    def times(*agents, repeats, decisions="auto"):
         first_look = repeats < fit._CONFIRMING_REPEATS
         return [
             [agent.config.planner.samples / 8 if first_look else confirmed_ms] for agent in agents
@@ -90,7 +90,7 @@ def search_with(returns, monkeypatch, confirmed_ms=4.0, **settings):
 
     monkeypatch.setattr(fit, "decision_milliseconds", times)
 
-    def measure(agent, episodes, seed):
+    def measure(agent, episodes, seed, decisions):
         value = returns[agent.model]
         value = value(seed) if callable(value) else value
         return Evaluation([value] * episodes, episodes, 1.0)
@@ -140,7 +140,7 @@ def test_a_dense_agent_that_had_learnt_less_is_not_the_measure():
 def test_candidates_are_confirmed_in_turn(monkeypatch):
     together = []
 
-    def times(*agents, repeats):
+    def times(*agents, repeats, decisions="auto"):
         together.append((len(agents), repeats))
         return [[4.0]] * len(agents)
 
@@ -148,7 +148,9 @@ def test_candidates_are_confirmed_in_turn(monkeypatch):
     agents = {name: Agent(name, config, "x", 1, {}) for name in "abc"}
     monkeypatch.setattr(Agent, "size", lambda _: {"parameters": 1, "sparsity": 0.0})
     monkeypatch.setattr(fit, "decision_milliseconds", times)
-    monkeypatch.setattr(fit.playing, "measure", lambda _, n, seed: Evaluation([99.0] * n, n, 1.0))
+    monkeypatch.setattr(
+        fit.playing, "measure", lambda _, n, seed, decisions: Evaluation([99.0] * n, n, 1.0)
+    )
     fit.search(FitConfig("x", rate_hz=200.0), agents, fit_report.Reference(100.0, "dense", 100.0))
     assert together[-2:] == [(3, fit._REPEATS), (3, fit._CONFIRMING_REPEATS)]
 

@@ -224,7 +224,9 @@ def _budget(planner: PlannerConfig, samples: int, iterations: int, horizon: int)
     )
 
 
-def _largest_budgets(name: str, agent: Agent, limit_ms: float, decisions: str) -> list[Candidate]:
+def _largest_budgets(
+    name: str, agent: Agent, limit_ms: float, decisions: str = "auto"
+) -> list[Candidate]:
     """The budgets that are fast enough and of which none is larger in every respect.
 
     Time grows with each of samples, iterations and horizon, so that one timing decides on all
