@@ -11,6 +11,7 @@ _HOMES = {
     "StepError": "errors",
     "TaskError": "errors",
     "Viewer": "viewer",
+    "action_limits": "contract",
     "default_action_repeat": "tasks",
     "disturb": "disturbances",
     "frame_seconds": "contract",

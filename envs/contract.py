@@ -226,6 +226,13 @@ def observation_layout(env: gymnasium.Env) -> list[dict[str, str | int]]:
     return [{"name": name, "size": size} for name, size in parts.items()]
 
 
+def action_limits(env: gymnasium.Env) -> tuple[np.ndarray, np.ndarray]:
+    """What actions of −1 and 1 are in the actuators' own units, `[A]` each; `env` of `make_env`."""
+    while not isinstance(env, Checked):
+        env = env.env
+    return env.action_space.low, env.action_space.high
+
+
 def simulator_step_seconds(env: gymnasium.Env) -> float | None:
     """Simulated time of one simulator step, in seconds; None if the environment does not say."""
     return _positive(env, "control_timestep") or _positive(env, "dt")

@@ -25,10 +25,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     # A saved agent, acting and judged.
+    "load": "saving.agents",
     "load_agent": "saving.agents",
     "save_agent": "saving.agents",
     "Agent": "agent.agent",
+    "Interface": "agent.agent",
     "Controller": "agent.controller",
+    "ObservationError": "agent.controller",
     "evaluate": "evaluation",
     # Your own network: tag it, trace it, rank its units while it learns, plan, cut.
     "tag": "prunable",

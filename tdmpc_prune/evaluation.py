@@ -11,8 +11,15 @@ import gymnasium
 import numpy as np
 import torch
 
-from envs import StepError, disturb, make_env
-from tdmpc_prune.agent.agent import Agent
+from envs import (
+    StepError,
+    action_limits,
+    disturb,
+    make_env,
+    observation_layout,
+    simulator_step_seconds,
+)
+from tdmpc_prune.agent.agent import Agent, Interface
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan
 from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.errors import UserError
@@ -156,3 +163,20 @@ def check_sizes(model: WorldModel, env: gymnasium.Env, task: str) -> None:
             f"the agent takes {widths.observation} observations and gives {widths.action} actions, "
             f"but task '{task}' has {theirs[0]} and {theirs[1]}"
         )
+
+
+def interface_of(env: gymnasium.Env, action_repeat: int) -> Interface:
+    """What the numbers of a task mean, for an agent that goes without it.
+
+    Args:
+        env: of `envs.make_env`.
+        action_repeat: simulator steps per decision.
+    """
+    low, high = (tuple(map(float, limit)) for limit in action_limits(env))
+    seconds = simulator_step_seconds(env)
+    return Interface(
+        observation=tuple((part["name"], part["size"]) for part in observation_layout(env)),
+        low=low,
+        high=high,
+        control_period=seconds * action_repeat if seconds else None,
+    )

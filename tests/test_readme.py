@@ -95,7 +95,7 @@ def test_the_network_of_the_readme_is_pruned(capsys):
 
 
 def test_the_control_loop_of_the_readme_controls(monkeypatch):
-    (block,) = [block for block in blocks(README, "python") if "Controller" in block]
+    (block,) = [block for block in blocks(README, "python") if "controller" in block]
     monkeypatch.chdir(ROOT)
     names = {}
     exec(compile(block, "README.md", "exec"), names)

@@ -10,16 +10,14 @@ from textwrap import fill
 from typing import Any
 
 from envs import make_env, simulator_step_seconds
-from tdmpc_prune.agent.agent import Agent
+from tdmpc_prune.agent.agent import CARD, Agent, Interface
 from tdmpc_prune.agent.controller import CPU_MS, decision_milliseconds, median_and_p95
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.evaluation import Evaluation
+from tdmpc_prune.evaluation import Evaluation, interface_of
 from tdmpc_prune.machine import machine
 from tdmpc_prune.saving.agents import save_agent
 from tdmpc_prune.words import COLUMNS, counted, mean_and_std
 from tdmpc_prune.words import table as markdown
-
-CARD = "card.md"
 
 
 @dataclass(frozen=True)
@@ -154,9 +152,19 @@ def ship(
     provenance = agent.provenance | {"evaluation": measured, "commands": commands}
     provenance.pop("returns", None)  # of its training; this evaluation stands for it
     parent = found[1].agent.folder if len(found) > 1 else None
-    shipped = replace(agent, provenance=provenance, parent=parent)
+    interface = agent.interface or _interface(agent)
+    shipped = replace(agent, provenance=provenance, parent=parent, interface=interface)
     card = _card(folder.name, [replace(column, agent=shipped), *found[1:]], measured)
     save_agent(folder, shipped, {CARD: card.encode()} | dict(files or {}))
+
+
+def _interface(agent: Agent) -> Interface:
+    """Of an agent that was saved before it was noted."""
+    env = make_env(agent.task, agent.action_repeat)
+    try:
+        return interface_of(env, agent.action_repeat)
+    finally:
+        env.close()
 
 
 def _card(name: str, found: list[Column], measured: dict[str, Any]) -> str:

@@ -27,7 +27,13 @@ from tdmpc_prune.agent.planner import draw_noise, first_means, plan
 from tdmpc_prune.agent.replay import Episode, SequenceReplay
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.evaluation import EVALUATION_SEED, Evaluation, check_sizes, evaluate
+from tdmpc_prune.evaluation import (
+    EVALUATION_SEED,
+    Evaluation,
+    check_sizes,
+    evaluate,
+    interface_of,
+)
 from tdmpc_prune.machine import choose_device
 from tdmpc_prune.prunable import Calibration, Computation, component_parameters
 from tdmpc_prune.pruning.plan import Plan
@@ -408,6 +414,7 @@ class AgentTraining:
             action_repeat=self.action_repeat,
             provenance=provenance or {},
             parent=parent,
+            interface=interface_of(self.env, self.action_repeat),
         )
 
     # --- Saving and going on ---------------------------------------------------------------
