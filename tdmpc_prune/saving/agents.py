@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from envs import task_name
 from tdmpc_prune.agent.agent import Agent, Interface
@@ -25,6 +26,8 @@ from tdmpc_prune.settings import from_plain, to_plain
 FORMAT = "tdmpc_prune agent"
 
 FORMAT_VERSION = 1
+
+TARGET = "target"  # the target networks of an imported agent, beside its own
 
 
 def save_agent(target: Path, agent: Agent, files: Mapping[str, bytes] | None = None) -> None:
@@ -150,6 +153,18 @@ def load(
     agent.model.to(device)
     Controller(agent).act([0.0] * agent.model.widths.observation)
     return Controller(agent, seed, actuator_units=actuator_units, control_period=control_period)
+
+
+def load_target(agent: Agent) -> dict[str, Tensor]:
+    """The target networks' weights that an imported agent brought along; none for others.
+
+    Raises:
+        UserError: they are damaged or gone.
+    """
+    sums = agent.provenance.get("imported", {}).get("target")
+    if not sums or agent.folder is None or not (agent.folder / f"{TARGET}.safetensors").is_file():
+        return {}
+    return load_tensors(agent.folder, TARGET, sums)
 
 
 def load_agents(path: str | Path) -> dict[str, Agent]:

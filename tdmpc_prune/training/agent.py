@@ -37,7 +37,7 @@ from tdmpc_prune.evaluation import (
 from tdmpc_prune.machine import choose_device
 from tdmpc_prune.prunable import Calibration, Computation, component_parameters
 from tdmpc_prune.pruning.plan import Plan
-from tdmpc_prune.saving.agents import load_agent, load_agents, write_agent
+from tdmpc_prune.saving.agents import load_agent, load_agents, load_target, write_agent
 from tdmpc_prune.saving.run_folder import RunFolder
 from tdmpc_prune.settings import typed
 from tdmpc_prune.training import report
@@ -523,7 +523,8 @@ class AgentTraining:
             for name in ("env_steps", "decisions", "episodes", "updates_due"):
                 setattr(progress, name, values["progress"][name])
         else:
-            self.take_learner(saved.model, {}, saved.provenance["updates"])
+            targets = {f"target.{name}": w for name, w in load_target(saved).items()}
+            self.take_learner(saved.model, targets, saved.provenance["updates"])
             progress.env_steps = saved.provenance["env_steps"]
             progress.decisions = saved.provenance["decisions"]
             progress.episodes_to_gather = config.prune.gather_episodes
