@@ -148,7 +148,7 @@ def with_state(**changes):
             "it has no 'model_target'",
         ),
         (
-            lambda: dict.fromkeys(("model", "model_target"), {"_encoder.0.bias": torch.ones(3)}),
+            lambda: {key: {"_encoder.0.bias": torch.ones(3)} for key in ("model", "model_target")},
             "no TD-MPC checkpoint: ",
         ),
     ],
