@@ -28,7 +28,7 @@ __all__ = list(_HOMES)
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'envs' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"envs.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"tdmpc_prune.envs.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -13,9 +13,8 @@ from typing import Any, NoReturn
 
 import gymnasium
 import numpy as np
-
-from envs.errors import StepError, TaskError, told
-from envs.suite import SuiteEnv
+from tdmpc_prune.envs.errors import StepError, TaskError, told
+from tdmpc_prune.envs.suite import SuiteEnv
 
 # Of observations and rewards: beyond it, the losses' squares are no longer finite in float32.
 _LARGEST = 1e15

@@ -8,12 +8,11 @@ import warnings
 import gymnasium
 import numpy as np
 from gymnasium import wrappers
-
-from envs.contract import Checked
-from envs.errors import TaskError, told
-from envs.rendering import choose_gl_backend
-from envs.suite import SuiteEnv
-from envs.tasks import (
+from tdmpc_prune.envs.contract import Checked
+from tdmpc_prune.envs.errors import TaskError, told
+from tdmpc_prune.envs.rendering import choose_gl_backend
+from tdmpc_prune.envs.suite import SuiteEnv
+from tdmpc_prune.envs.tasks import (
     GYM_PREFIX,
     closest_gym_tasks,
     default_action_repeat,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from functools import cache
 
-from envs.errors import TaskError, told
+from tdmpc_prune.envs.errors import TaskError, told
 
 GYM_PREFIX = "gym:"
 
@@ -37,7 +37,9 @@ def task_name(task: str) -> str:
 @cache
 def suite_tasks() -> dict[str, tuple[str, str]]:
     """Every DeepMind Control Suite task: dashed name → (domain, task)."""
-    from envs.rendering import choose_gl_backend  # which needs Gymnasium; a name alone does not
+    from tdmpc_prune.envs.rendering import (
+        choose_gl_backend,  # which needs Gymnasium; a name alone does not
+    )
 
     choose_gl_backend()
     try:

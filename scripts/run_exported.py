@@ -13,8 +13,7 @@ import numpy as np
 
 try:
     import onnxruntime
-
-    from envs import TaskError, make_env
+    from tdmpc_prune.envs import TaskError, make_env
 except ImportError as missing:
     needed = {"onnxruntime": "pip install -e '.[onnx]'"}
     mend = needed.get(missing.name, f"take another '{missing.name}' out of PYTHONPATH (sys.path)")

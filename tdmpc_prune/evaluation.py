@@ -11,7 +11,10 @@ import gymnasium
 import numpy as np
 import torch
 
-from envs import (
+from tdmpc_prune.agent.agent import Agent, Interface
+from tdmpc_prune.agent.planner import draw_noise, first_means, plan
+from tdmpc_prune.agent.world_model import WorldModel
+from tdmpc_prune.envs import (
     StepError,
     action_limits,
     disturb,
@@ -19,9 +22,6 @@ from envs import (
     observation_layout,
     simulator_step_seconds,
 )
-from tdmpc_prune.agent.agent import Agent, Interface
-from tdmpc_prune.agent.planner import draw_noise, first_means, plan
-from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.errors import UserError
 
 EVALUATION_SEED = 1_000_000  # the initial states of evaluations are the same in every run

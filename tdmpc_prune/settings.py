@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tdmpc_prune.errors import UserError
+
+PROGRAM = "tdmpc-prune"
 
 RUN_OR_CHECKPOINT = "a run's folder (its newest checkpoint), or a checkpoint"
 
@@ -115,7 +119,15 @@ def typed(script: str, *arguments: str, **settings: Any) -> str:
         f"{name}={value if isinstance(value, int) else quoted(str(value))}"
         for name, value in settings.items()
     ]
-    return shlex.join(["python", f"scripts/{script}", *arguments, *values])
+    return shlex.join([*command_words(script), *arguments, *values])
+
+
+def command_words(script: str) -> list[str]:
+    """What a command begins with, as it is typed where this one was."""
+    installed = (Path(__file__).parent / "scripts").is_dir()  # in a checkout they lie beside it
+    if installed or sys.argv[0].startswith(f"{PROGRAM} "):
+        return [PROGRAM, script.removesuffix(".py")]
+    return ["python", f"scripts/{script}"]
 
 
 # --- As OmegaConf and JSON have it -----------------------------------------------------------

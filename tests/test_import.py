@@ -37,7 +37,7 @@ def public_state(seed, widths=None):
 
 @pytest.fixture(scope="module")
 def size():
-    from envs import make_env
+    from tdmpc_prune.envs import make_env
 
     env = make_env(REACH.removeprefix("task="))
     return env.observation_space.shape[0], env.action_space.shape[0]

@@ -9,9 +9,9 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from envs import make_env, simulator_step_seconds
 from tdmpc_prune.agent.agent import CARD, Agent, Interface
 from tdmpc_prune.agent.controller import CPU_MS, decision_milliseconds, median_and_p95
+from tdmpc_prune.envs import make_env, simulator_step_seconds
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.evaluation import Evaluation, interface_of
 from tdmpc_prune.machine import machine

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from envs import task_name
 from tdmpc_prune.agent.config import PRESETS, AgentConfig
+from tdmpc_prune.envs import task_name
 from tdmpc_prune.pruning.config import RANKINGS, PruneConfig
 from tdmpc_prune.settings import RUN_OR_CHECKPOINT, Idle, among, check_machine, require, setting
 from tdmpc_prune.training.config import PruneCheckpointConfig

@@ -19,12 +19,12 @@ import torch
 from safetensors.numpy import save as serialised
 from torch import Tensor
 
-from envs import make_env
-from envs.tasks import default_action_repeat
 from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.config import NetworkConfig
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.deploy.config import ImportConfig
+from tdmpc_prune.envs import make_env
+from tdmpc_prune.envs.tasks import default_action_repeat
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.evaluation import check_sizes, interface_of
 from tdmpc_prune.saving.agents import TARGET, save_agent

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from envs import task_name
 from tdmpc_prune.agent.agent import Agent, Interface
 from tdmpc_prune.agent.config import AgentConfig
 from tdmpc_prune.agent.controller import Controller
 from tdmpc_prune.agent.world_model import Widths, WorldModel
+from tdmpc_prune.envs import task_name
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.machine import versions
 from tdmpc_prune.saving.files import load_tensors, read_json, save_folder, save_tensors, write_json

@@ -33,7 +33,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from envs import task_name
+from tdmpc_prune.envs import task_name
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.machine import versions
 from tdmpc_prune.saving.files import (
@@ -44,7 +44,7 @@ from tdmpc_prune.saving.files import (
     write_folder,
     write_json,
 )
-from tdmpc_prune.settings import quoted
+from tdmpc_prune.settings import PROGRAM, quoted
 
 W = TypeVar("W")
 
@@ -311,9 +311,11 @@ def load_training(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Ten
 
 
 def command_line(arguments: list[str]) -> str:
-    """A command as it is typed in a checkout, from its `sys.argv`."""
-    script = [f"scripts/{Path(argument).name}" for argument in arguments[:1]]
-    return shlex.join(["python", *script, *arguments[1:]])
+    """A command as it is typed in a checkout, or of the program, from its `sys.argv`."""
+    name, rest = arguments[:1], arguments[1:]
+    if name and name[0].startswith(f"{PROGRAM} "):
+        return shlex.join([*name[0].split(), *rest])
+    return shlex.join(["python", *(f"scripts/{Path(script).name}" for script in name), *rest])
 
 
 def parent_folder(folder: Path, relative: str | None) -> Path | None:

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs import StepError, make_env
-from envs.tasks import default_action_repeat
 from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.calibration import Pool, agent_calibration, draw_pool
 from tdmpc_prune.agent.computation import agent_computation
@@ -26,6 +24,8 @@ from tdmpc_prune.agent.learner import Learner
 from tdmpc_prune.agent.planner import draw_noise, first_means, plan
 from tdmpc_prune.agent.replay import Episode, SequenceReplay
 from tdmpc_prune.agent.world_model import Widths, WorldModel
+from tdmpc_prune.envs import StepError, make_env
+from tdmpc_prune.envs.tasks import default_action_repeat
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.evaluation import (
     EVALUATION_SEED,

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from envs import task_name
 from tdmpc_prune.agent.config import PRESETS, AgentConfig
 from tdmpc_prune.autoencoder.config import IMAGES, DataConfig
 from tdmpc_prune.autoencoder.config import LearningConfig as AutoencoderLearningConfig
 from tdmpc_prune.autoencoder.config import NetworkConfig as AutoencoderNetworkConfig
+from tdmpc_prune.envs import task_name
 from tdmpc_prune.pruning.config import METHODS, RANKINGS, PruneConfig
 from tdmpc_prune.settings import RUN_OR_CHECKPOINT, Idle, among, check_machine, require, setting
 

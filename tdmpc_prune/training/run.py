@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from envs import TaskError
+from tdmpc_prune.envs import TaskError
 from tdmpc_prune.errors import NonFiniteLoss, RunError, UserError
 from tdmpc_prune.prunable import Calibration
 from tdmpc_prune.pruning.pruner import Pruner, RunFacts
