@@ -17,6 +17,7 @@ _HOMES = {
     "frame_seconds": "contract",
     "make_env": "make",
     "observation_layout": "contract",
+    "report": "own",
     "simulator_step_seconds": "contract",
     "suite_tasks": "tasks",
     "task_name": "tasks",

@@ -47,6 +47,7 @@ from tdmpc_prune.training.mending import mend
 from tdmpc_prune.words import counted, mean_and_std
 
 _CALIBRATION_STARTS = 1_500  # states that sequences start from: 60 000 rows at horizon 5
+_ENDS_AT_ONCE = 3  # episodes that must do so before a task is refused
 BROKEN_IN_A_ROW = 3  # episodes, after which a run does not go on
 
 
@@ -153,10 +154,17 @@ class AgentTraining:
         """A reset and a step, before anything is written.
 
         Raises:
-            StepError: the task cannot be played.
+            StepError: the task cannot be played, or is over at once.
         """
-        self.env.reset(seed=self._episode_seed(self.progress.episodes))
-        self.env.step(np.zeros(self.action_width, np.float32))
+        for attempt in range(_ENDS_AT_ONCE):
+            self.env.reset(seed=self._episode_seed(self.progress.episodes + attempt))
+            *_, terminated, _, _ = self.env.step(np.zeros(self.action_width, np.float32))
+            if not terminated:
+                return
+        raise StepError(
+            f"task '{self.config.task}' terminates in the first decision of every episode, which "
+            f"leaves nothing to learn; look at what its step returns as 'terminated'"
+        )
 
     def _decide(self, log: RunLog) -> float | None:
         """One decision, and what follows if the episode ends with it.

@@ -40,7 +40,7 @@ class TrainConfig:
     MAY_CHANGE_ON_RESUME: ClassVar = ("device", "env_steps", "threads")
 
     task: str = setting(
-        "cartpole-swingup", "a DeepMind Control Suite task, or gym:<id> for any Gymnasium one"
+        "cartpole-swingup", "a DeepMind Control Suite task, gym:<id> or file:<path>:<class>"
     )
     prune: PruneConfig = setting(
         PruneConfig, "whether and how to compress while training", choices=METHODS
