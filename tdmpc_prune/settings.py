@@ -9,12 +9,12 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any
 
 from tdmpc_prune.errors import UserError
+
+if TYPE_CHECKING:  # declaring settings needs it not
+    from omegaconf import DictConfig
 
 PROGRAM = "tdmpc-prune"
 
@@ -139,6 +139,8 @@ def thawed(config: Any) -> DictConfig:
     Args:
         config: a dataclass, or an instance of one.
     """
+    from omegaconf import OmegaConf
+
     node = OmegaConf.structured(config)
 
     def thaw(part: DictConfig) -> None:
@@ -173,6 +175,9 @@ def from_plain(schema: type, values: dict[str, Any]) -> Any:
     Raises:
         UserError: a setting is unknown here or of the wrong type, and which.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         merged = OmegaConf.merge(thawed(schema), OmegaConf.create(values))
         return OmegaConf.to_object(merged)
