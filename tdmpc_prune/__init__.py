@@ -11,6 +11,7 @@ Read the parts in this order:
     training      the run: learning, pruning steps, measurements, stop and resume
     deploy        playing, fitting to a control rate, export, benchmark
     analysis      comparisons, sensitivity, stability, studies
+    calls         whole runs from Python: `train`, `prune`
     command_line  from what is typed to a function; settings are declared beside their parts
 
 The tasks themselves are in `tdmpc_prune.envs`, whose folder lies beside this one. The names below
@@ -34,6 +35,9 @@ _HOMES = {
     "Controller": "agent.controller",
     "ObservationError": "agent.controller",
     "evaluate": "evaluation",
+    # Whole runs, as the commands do them.
+    "train": "calls",
+    "prune": "calls",
     # Your own network: tag it, trace it, rank its units while it learns, plan, cut.
     "tag": "prunable",
     "Computation": "prunable",

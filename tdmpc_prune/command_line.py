@@ -112,6 +112,22 @@ def _name(called: str) -> str:
     return Path(called.removeprefix(f"{PROGRAM} ")).stem
 
 
+def composed(schema: type, words: list[str]) -> tuple[Any, list[str]]:
+    """The settings of a command that is called from Python, and the names of those given.
+
+    Raises:
+        UserError: they cannot be so.
+    """
+    known = Settings(schema)
+    register(known)
+    try:
+        arguments = Arguments.of(words, known)
+        with hydra.initialize(config_path=None, job_name=schema.__name__, version_base="1.3"):
+            return _composed(arguments), arguments.given
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(sentence(error, known)) from error
+
+
 def _composed(arguments: Arguments) -> Any:
     """The command's settings, an instance of its dataclass."""
     return arguments.settings(hydra.compose(arguments.known.schema.__name__, arguments.overrides))

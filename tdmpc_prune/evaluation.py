@@ -34,6 +34,8 @@ class Evaluation:
     returns: list[float]  # one per episode
     decisions: int  # planner decisions, over all episodes
     seconds: float  # wall time
+    mean_change: float | None = None  # of an actuator's action from one decision to the next, in
+    largest_change: float | None = None  # [-1, 1], over all actuators; None: it was not watched
 
     def __len__(self) -> int:
         """How many episodes they were."""
@@ -116,6 +118,8 @@ def evaluate(
     generator = torch.Generator(device).manual_seed(seed)
     means = first_means(config.planner, len(running), actions, device)
     decisions = 0
+    latest: dict[int, np.ndarray] = {}  # action of each episode
+    changes: list[np.ndarray] = []
     while running and not interrupted():
         inputs = torch.from_numpy(np.stack([observations[i] for i in running])).to(device)
         noise = draw_noise(config.planner, len(running), actions, generator)
@@ -126,6 +130,9 @@ def evaluate(
         ended = []
         for place, action in enumerate(decision.actions.cpu().numpy()):
             i = running[place]
+            if i in latest:
+                changes.append(np.abs(action - latest[i]))
+            latest[i] = action
             try:
                 observation, reward, terminated, truncated, info = environments[i].step(action)
             except StepError as error:
@@ -147,7 +154,9 @@ def evaluate(
         return None
     if len(faults) == episodes:
         raise faults[-1]
-    return Evaluation(returns.tolist(), decisions, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    change = (float(np.mean(changes)), float(np.max(changes))) if changes else (None, None)
+    return Evaluation(returns.tolist(), decisions, seconds, *change)
 
 
 def check_sizes(model: WorldModel, env: gymnasium.Env, task: str) -> None:

@@ -20,7 +20,7 @@ FLOORS = [
     ["envs"],
 ]
 MODULES_OF = {  # rooms that are no folder of the package
-    "command_line": ["command_line", "arguments", "help_text", "program"],
+    "command_line": ["command_line", "arguments", "help_text", "program", "calls"],
     "ground": ["errors", "machine", "prunable", "settings", "signals", "thresholds", "words"],
     "evaluation": ["evaluation"],
 }

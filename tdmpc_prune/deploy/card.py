@@ -94,6 +94,11 @@ def text(found: list[Column], evaluation: Evaluation, seed: int) -> str:
         "",
         fill(f"per episode: {', '.join(f'{value:.1f}' for value in evaluation.returns)}", COLUMNS),
     ]
+    if evaluation.mean_change is not None:
+        lines.append(
+            f"from one decision to the next an action changes by {evaluation.mean_change:.2f} on "
+            f"average and {evaluation.largest_change:.2f} at most, where it goes from -1 to 1"
+        )
     if len(found) > 1 and found[1].source == "recorded" and found[1].returns:
         count = len(found[1].returns)
         lines.append(

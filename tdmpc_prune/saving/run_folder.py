@@ -200,10 +200,11 @@ class RunFolder:
     # --- What it tells ----------------------------------------------------------------------
 
     def read_history(self, *kinds: str) -> list[dict[str, Any]]:
-        """The lines of some kinds in the history, in order."""
+        """The lines of some kinds, or of all, in the history, in order."""
         text = self.history.read_text() if self.history.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # a line that is being written, or never was finished
-        return [entry for entry in map(json.loads, whole.splitlines()) if entry["kind"] in kinds]
+        entries = map(json.loads, whole.splitlines())
+        return [entry for entry in entries if not kinds or entry["kind"] in kinds]
 
     def write_plan(self, step: int, plan: str, explanation: str) -> None:
         """Put the plan of cut `step` on file, as JSON and in words."""

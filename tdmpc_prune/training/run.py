@@ -83,6 +83,11 @@ class Run:
     def now(self) -> int:
         return self.trainee.now
 
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """All lines of its history so far, in order; each says its `kind`."""
+        return self.folder.read_history()
+
     def run(self, name: str = "") -> Measured:
         """Train to the end and return the last measurement.
 
