@@ -11,11 +11,13 @@ _HOMES = {
     "StepError": "errors",
     "TaskError": "errors",
     "Viewer": "viewer",
+    "action_limits": "contract",
     "default_action_repeat": "tasks",
     "disturb": "disturbances",
     "frame_seconds": "contract",
     "make_env": "make",
     "observation_layout": "contract",
+    "report": "own",
     "simulator_step_seconds": "contract",
     "suite_tasks": "tasks",
     "task_name": "tasks",
@@ -27,7 +29,7 @@ __all__ = list(_HOMES)
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'envs' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"envs.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"tdmpc_prune.envs.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

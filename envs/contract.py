@@ -13,9 +13,8 @@ from typing import Any, NoReturn
 
 import gymnasium
 import numpy as np
-
-from envs.errors import StepError, TaskError, told
-from envs.suite import SuiteEnv
+from tdmpc_prune.envs.errors import StepError, TaskError, told
+from tdmpc_prune.envs.suite import SuiteEnv
 
 # Of observations and rewards: beyond it, the losses' squares are no longer finite in float32.
 _LARGEST = 1e15
@@ -224,6 +223,13 @@ def observation_layout(env: gymnasium.Env) -> list[dict[str, str | int]]:
     if isinstance(inner, SuiteEnv):  # the name may mean something else in a foreign one
         parts = inner.observation_parts
     return [{"name": name, "size": size} for name, size in parts.items()]
+
+
+def action_limits(env: gymnasium.Env) -> tuple[np.ndarray, np.ndarray]:
+    """What actions of −1 and 1 are in the actuators' own units, `[A]` each; `env` of `make_env`."""
+    while not isinstance(env, Checked):
+        env = env.env
+    return env.action_space.low, env.action_space.high
 
 
 def simulator_step_seconds(env: gymnasium.Env) -> float | None:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 import gymnasium
 import numpy as np
-
-from envs.errors import TaskError
+from tdmpc_prune.envs.errors import TaskError
 
 
 class Disturb(gymnasium.Wrapper):

@@ -8,12 +8,13 @@ import warnings
 import gymnasium
 import numpy as np
 from gymnasium import wrappers
-
-from envs.contract import Checked
-from envs.errors import TaskError, told
-from envs.rendering import choose_gl_backend
-from envs.suite import SuiteEnv
-from envs.tasks import (
+from tdmpc_prune.envs.contract import Checked
+from tdmpc_prune.envs.errors import TaskError, told
+from tdmpc_prune.envs.own import let_import_from_here, make_from_file
+from tdmpc_prune.envs.rendering import choose_gl_backend
+from tdmpc_prune.envs.suite import SuiteEnv
+from tdmpc_prune.envs.tasks import (
+    FILE_PREFIX,
     GYM_PREFIX,
     closest_gym_tasks,
     default_action_repeat,
@@ -50,7 +51,7 @@ def make_env(
     comes in: `reset` and `step` raise a StepError, which is a TaskError, see `envs.contract`.
 
     Args:
-        task: `cartpole-swingup` and the like, or `gym:<id>`.
+        task: `cartpole-swingup` and the like, `gym:<id>`, or `file:<path>:<name>`.
         action_repeat: simulator steps per decision; None takes the task's own.
         render_mode: "rgb_array" or None.
 
@@ -62,6 +63,10 @@ def make_env(
         raise TaskError(f"action_repeat={action_repeat} must be at least 1")
     if task.startswith(GYM_PREFIX):
         simulator, limit = _make_gym(task, render_mode)
+    elif task.startswith(FILE_PREFIX):
+        choose_gl_backend()
+        simulator, limited = make_from_file(task, render_mode)
+        limit = None if limited else EPISODE_ENV_STEPS
     else:
         simulator, limit = _make_suite(task, render_mode), EPISODE_ENV_STEPS
     env = Checked(simulator, task)
@@ -90,6 +95,7 @@ def _make_gym(task: str, render_mode: str | None) -> tuple[gymnasium.Env, int | 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Gymnasium on older versions of its own tasks
+            let_import_from_here()
             if module:
                 importlib.import_module(module)
             # A class may know no render_mode at all; one that is registered with it gets ours.

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import gymnasium
 import numpy as np
-
-from envs.errors import DisplayError, told
+from tdmpc_prune.envs.errors import DisplayError, told
 
 FRAMES_PER_SECOND = 50  # of a film, at most
 _OFFSCREEN = {"egl": "EGL", "osmesa": "OSMesa"}  # value of MUJOCO_GL → the library behind it

@@ -6,8 +6,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-
-from envs.rendering import choose_gl_backend
+from tdmpc_prune.envs.rendering import choose_gl_backend
 
 _UNLIMITED = 1e9  # dm_control gives an actuator without a control range bounds of ±1e10
 

@@ -1,17 +1,19 @@
 """What tasks there are: their names, and how often each repeats an action.
 
 A suite task is written with dashes, `<domain>-<task>` (`cartpole-swingup`, `cup-catch`); any
-Gymnasium environment is `gym:<id>` (`gym:Pendulum-v1`, `gym:my_module:MyEnv-v0`).
+Gymnasium environment is `gym:<id>` (`gym:Pendulum-v1`, `gym:my_module:MyEnv-v0`); a class or
+function in a file that makes one is `file:<path>:<name>` (`file:my_env.py:Arm`).
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 from functools import cache
 
-from envs.errors import TaskError, told
+from tdmpc_prune.envs.errors import TaskError, told
 
-GYM_PREFIX = "gym:"
+GYM_PREFIX, FILE_PREFIX = "gym:", "file:"
 
 # TD-MPC's published action repeats for the DeepMind Control Suite (METHOD: Hansen et al. 2022).
 _SUITE_REPEATS = {"cartpole": 8, "walker": 2, "finger": 2, "humanoid": 2, "dog": 2}
@@ -27,6 +29,9 @@ def task_name(task: str) -> str:
     """
     if task.startswith(GYM_PREFIX):
         return task
+    if task.startswith(FILE_PREFIX):
+        path, colon, maker = task.removeprefix(FILE_PREFIX).rpartition(":")
+        return f"{FILE_PREFIX}{os.path.normpath(path)}{colon}{maker}" if path else task
     name = _dashed(task)
     for domain, alias in _DOMAIN_ALIASES.items():
         if name.startswith(f"{_dashed(domain)}-"):
@@ -37,7 +42,9 @@ def task_name(task: str) -> str:
 @cache
 def suite_tasks() -> dict[str, tuple[str, str]]:
     """Every DeepMind Control Suite task: dashed name → (domain, task)."""
-    from envs.rendering import choose_gl_backend  # which needs Gymnasium; a name alone does not
+    from tdmpc_prune.envs.rendering import (
+        choose_gl_backend,  # which needs Gymnasium; a name alone does not
+    )
 
     choose_gl_backend()
     try:
@@ -67,8 +74,8 @@ def find_suite_task(name: str) -> tuple[str, str]:
 
 
 def default_action_repeat(task: str) -> int:
-    """Simulator steps per decision: the published one on the suite, 1 for Gymnasium ids."""
-    if task.startswith(GYM_PREFIX):
+    """Simulator steps per decision: the published one on the suite, 1 for others' tasks."""
+    if task.startswith((GYM_PREFIX, FILE_PREFIX)):
         return 1
     domain, _ = find_suite_task(task)
     return _SUITE_REPEATS.get(domain.lower().removesuffix("_cmu"), _SUITE_REPEAT_OTHERWISE)
@@ -88,7 +95,9 @@ def _gym_ids_named(name: str) -> list[str]:
     """The Gymnasium tasks that somebody means who forgets what goes before an id."""
     import gymnasium
 
-    return [f"{GYM_PREFIX}{known}" for known in gymnasium.registry if known.lower() == name.lower()]
+    by_lower = {known.lower(): known for known in gymnasium.registry}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=2, cutoff=0.8)
+    return [f"{GYM_PREFIX}{by_lower[match]}" for match in close]
 
 
 def _dashed(name: str) -> str:
@@ -97,5 +106,5 @@ def _dashed(name: str) -> str:
 
 def _suggested(tasks: list[str]) -> str:
     if not tasks:
-        return "see envs.suite_tasks() for the suite's, or give gym:<id>"
+        return "see envs.suite_tasks() for the suite's, or give gym:<id> or file:<path>:<class>"
     return "the closest are " + ", ".join(tasks)

@@ -12,8 +12,7 @@ import warnings
 from collections import deque
 
 import gymnasium
-
-from envs.rendering import DisplayError
+from tdmpc_prune.envs.rendering import DisplayError
 
 SPEEDS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # times real time
 KEYS = "Space pauses, + and - change the speed, Enter starts a new episode"

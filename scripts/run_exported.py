@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 try:
-    from envs import TaskError, make_env
+    from tdmpc_prune.envs import TaskError, make_env
 except ImportError as missing:
     mend = f"take another '{missing.name}' out of PYTHONPATH (sys.path)"
     print(f"error: {missing}; {mend}", file=sys.stderr)

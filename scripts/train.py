@@ -12,11 +12,14 @@ def main(config: TrainConfig, given: list[str]) -> None:
     Examples:
       python scripts/train.py task=cartpole-swingup prune=bayesian
       python scripts/train.py task=gym:Pendulum-v1 seed=2
+      python scripts/train.py task=file:my_env.py:Arm
       python scripts/train.py resume=runs/cartpole-swingup/bayesian/seed1 env_steps=100000
       python scripts/train.py -m task=cartpole-swingup seed=1,2,3
     """
     from tdmpc_prune.training import launch
 
+    if about := launch.task_report(config):
+        print(about, flush=True)
     run = launch.resume(config, given) if config.resume else launch.start(config, sys.argv)
     print(launch.finish(run))
 

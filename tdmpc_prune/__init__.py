@@ -11,9 +11,11 @@ Read the parts in this order:
     training      the run: learning, pruning steps, measurements, stop and resume
     deploy        playing, fitting to a control rate, export, benchmark
     analysis      comparisons, sensitivity, stability, studies
+    calls         whole runs from Python: `train`, `prune`
     command_line  from what is typed to a function; settings are declared beside their parts
 
-The tasks themselves are in the package `envs`. The names below are loaded when first asked for.
+The tasks themselves are in `tdmpc_prune.envs`, whose folder lies beside this one. The names below
+are loaded when first asked for.
 """
 
 import importlib
@@ -25,11 +27,17 @@ __version__ = "0.1.0"
 
 _HOMES = {
     # A saved agent, acting and judged.
+    "load": "saving.agents",
     "load_agent": "saving.agents",
     "save_agent": "saving.agents",
     "Agent": "agent.agent",
+    "Interface": "agent.agent",
     "Controller": "agent.controller",
+    "ObservationError": "agent.controller",
     "evaluate": "evaluation",
+    # Whole runs, as the commands do them.
+    "train": "calls",
+    "prune": "calls",
     # Your own network: tag it, trace it, rank its units while it learns, plan, cut.
     "tag": "prunable",
     "Computation": "prunable",
@@ -58,30 +66,20 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def _check_envs(root: Path) -> None:
-    """Say so in one line if another `envs` comes before this package's own.
-
-    Raises:
-        ImportError: it does; of a command it is the exit, with code 2.
-    """
-    try:
-        found = importlib.util.find_spec("envs")
-    except ValueError:  # something without a place is imported under that name
-        found = None
-    ours = root / "envs" / "__init__.py"
-    if found and found.origin and Path(found.origin).resolve() == ours.resolve():
-        return
-    places = list(found.submodule_search_locations or [found.origin]) if found else []
-    what = (
-        f"'{places[0]}' hides this package's own 'envs': rename it, or take its folder out of "
-        f"PYTHONPATH (sys.path)"
-        if places
-        else f"this package's own 'envs' is not found (it lies in '{ours.parent}')"
-    )
-    if sys.argv and Path(sys.argv[0]).resolve().parent == root / "scripts":
-        print(f"error: {what}", file=sys.stderr)
-        raise SystemExit(2)
-    raise ImportError(what)
+def lying_in(part: str) -> Path:
+    """The folder of `envs` or `scripts`: in an installation inside the package, else beside it."""
+    package = Path(__file__).resolve().parent
+    inside = package / part
+    return inside if inside.is_dir() else package.parent / part
 
 
-_check_envs(Path(__file__).resolve().parents[1])
+def _bring_envs() -> None:
+    """Let the `envs` beside this package in a checkout be `tdmpc_prune.envs`."""
+    name = f"{__name__}.envs"
+    spec = importlib.util.spec_from_file_location(name, lying_in("envs") / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = globals()["envs"] = module
+    spec.loader.exec_module(module)
+
+
+_bring_envs()

@@ -24,12 +24,12 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from envs import DisplayError, TaskError
 from tdmpc_prune.arguments import Arguments, Settings
+from tdmpc_prune.envs import DisplayError, TaskError
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.help_text import help_text
 from tdmpc_prune.machine import set_threads
-from tdmpc_prune.settings import by_dotted_name, thawed, to_plain
+from tdmpc_prune.settings import PROGRAM, by_dotted_name, thawed, to_plain
 from tdmpc_prune.signals import Stopped, shared_stop
 
 _FOR_PEOPLE = (
@@ -88,7 +88,7 @@ def run_sweeps(
 
 def _command(schema: type, main: Main, run: Callable[[Arguments], None]) -> None:
     """What all commands have in common, around `run`."""
-    name, known, typed = Path(sys.argv[0]).stem, Settings(schema), sys.argv[1:]
+    name, known, typed = _name(sys.argv[0]), Settings(schema), sys.argv[1:]
     with console():
         if {"--help", "-h"} & set(typed):
             print(help_text(name, known, main.__doc__ or ""))
@@ -105,6 +105,27 @@ def _command(schema: type, main: Main, run: Callable[[Arguments], None]) -> None
                     run(arguments)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(sentence(error, known)) from error
+
+
+def _name(called: str) -> str:
+    """Of a command that is called as `scripts/train.py` or as `tdmpc-prune train`."""
+    return Path(called.removeprefix(f"{PROGRAM} ")).stem
+
+
+def composed(schema: type, words: list[str]) -> tuple[Any, list[str]]:
+    """The settings of a command that is called from Python, and the names of those given.
+
+    Raises:
+        UserError: they cannot be so.
+    """
+    known = Settings(schema)
+    register(known)
+    try:
+        arguments = Arguments.of(words, known)
+        with hydra.initialize(config_path=None, job_name=schema.__name__, version_base="1.3"):
+            return _composed(arguments), arguments.given
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(sentence(error, known)) from error
 
 
 def _composed(arguments: Arguments) -> Any:

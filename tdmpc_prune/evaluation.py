@@ -11,11 +11,18 @@ import gymnasium
 import numpy as np
 import torch
 
-from envs import StepError, disturb, make_env
-from tdmpc_prune.agent.agent import Agent
+from tdmpc_prune.agent.agent import Agent, Interface
 from tdmpc_prune.agent.deciding import choose, deciding
 from tdmpc_prune.agent.planner import first_means
 from tdmpc_prune.agent.world_model import WorldModel
+from tdmpc_prune.envs import (
+    StepError,
+    action_limits,
+    disturb,
+    make_env,
+    observation_layout,
+    simulator_step_seconds,
+)
 from tdmpc_prune.errors import UserError
 
 EVALUATION_SEED = 1_000_000  # the initial states of evaluations are the same in every run
@@ -28,6 +35,8 @@ class Evaluation:
     returns: list[float]  # one per episode
     decisions: int  # planner decisions, over all episodes
     seconds: float  # wall time
+    mean_change: float | None = None  # of an actuator's action from one decision to the next, in
+    largest_change: float | None = None  # [-1, 1], over all actuators; None: it was not watched
 
     def __len__(self) -> int:
         """How many episodes they were."""
@@ -113,6 +122,8 @@ def evaluate(
     planner = deciding(path, model, config, seed)
     means = first_means(config.planner, len(running), actions, device)
     made = number = 0
+    latest: dict[int, np.ndarray] = {}  # action of each episode
+    changes: list[np.ndarray] = []
     while running and not interrupted():
         inputs = torch.from_numpy(np.stack([observations[i] for i in running])).to(device)
         decision = planner.decide(inputs, means, running, number)
@@ -123,6 +134,9 @@ def evaluate(
         ended = []
         for place, action in enumerate(decision.actions.cpu().numpy()):
             i = running[place]
+            if i in latest:
+                changes.append(np.abs(action - latest[i]))
+            latest[i] = action
             try:
                 observation, reward, terminated, truncated, info = environments[i].step(action)
             except StepError as error:
@@ -144,7 +158,9 @@ def evaluate(
         return None
     if len(faults) == episodes:
         raise faults[-1]
-    return Evaluation(returns.tolist(), made, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    change = (float(np.mean(changes)), float(np.max(changes))) if changes else (None, None)
+    return Evaluation(returns.tolist(), made, seconds, *change)
 
 
 def check_sizes(model: WorldModel, env: gymnasium.Env, task: str) -> None:
@@ -160,3 +176,20 @@ def check_sizes(model: WorldModel, env: gymnasium.Env, task: str) -> None:
             f"the agent takes {widths.observation} observations and gives {widths.action} actions, "
             f"but task '{task}' has {theirs[0]} and {theirs[1]}"
         )
+
+
+def interface_of(env: gymnasium.Env, action_repeat: int) -> Interface:
+    """What the numbers of a task mean, for an agent that goes without it.
+
+    Args:
+        env: of `envs.make_env`.
+        action_repeat: simulator steps per decision.
+    """
+    low, high = (tuple(map(float, limit)) for limit in action_limits(env))
+    seconds = simulator_step_seconds(env)
+    return Interface(
+        observation=tuple((part["name"], part["size"]) for part in observation_layout(env)),
+        low=low,
+        high=high,
+        control_period=seconds * action_repeat if seconds else None,
+    )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 
 from tdmpc_prune.arguments import Declared, Settings, shown_value
+from tdmpc_prune.settings import command_words
 
 _WIDTH = 100
 _WIDEST_NAME = 51  # what is longer has a line of its own
@@ -22,9 +24,9 @@ def help_text(name: str, known: Settings, purpose: str) -> str:
     positional = known.positional
     folder = f" [<{positional.name}>]" if positional else ""
     lines = [
-        *_paragraphs(inspect.cleandoc(purpose)),
+        *_paragraphs(_as_typed_here(inspect.cleandoc(purpose))),
         "",
-        f"usage: python scripts/{name}.py{folder} [name=value …]",
+        _as_typed_here(f"usage: python scripts/{name}.py{folder} [name=value …]"),
         "",
     ]
     groups = [d for d in known.declared.values() if d.is_group and "." not in d.name]
@@ -40,6 +42,12 @@ def help_text(name: str, known: Settings, purpose: str) -> str:
         "Several values and -m make a sweep: -m seed=1,2,3. --cfg job shows the settings only.",
     ]
     return "\n".join(lines)
+
+
+def _as_typed_here(text: str) -> str:
+    return re.sub(
+        r"python scripts/(\w+\.py)", lambda found: " ".join(command_words(found[1])), text
+    )
 
 
 def _paragraphs(text: str) -> list[str]:

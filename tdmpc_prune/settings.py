@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tdmpc_prune.errors import UserError
+
+if TYPE_CHECKING:  # declaring settings needs it not
+    from omegaconf import DictConfig
+
+PROGRAM = "tdmpc-prune"
 
 RUN_OR_CHECKPOINT = "a run's folder (its newest checkpoint), or a checkpoint"
 DECISIONS = (
@@ -123,7 +127,15 @@ def typed(script: str, *arguments: str, **settings: Any) -> str:
         f"{name}={value if isinstance(value, int) else quoted(str(value))}"
         for name, value in settings.items()
     ]
-    return shlex.join(["python", f"scripts/{script}", *arguments, *values])
+    return shlex.join([*command_words(script), *arguments, *values])
+
+
+def command_words(script: str) -> list[str]:
+    """What a command begins with, as it is typed where this one was."""
+    installed = (Path(__file__).parent / "scripts").is_dir()  # in a checkout they lie beside it
+    if installed or sys.argv[0].startswith(f"{PROGRAM} "):
+        return [PROGRAM, script.removesuffix(".py")]
+    return ["python", f"scripts/{script}"]
 
 
 # --- As OmegaConf and JSON have it -----------------------------------------------------------
@@ -135,6 +147,8 @@ def thawed(config: Any) -> DictConfig:
     Args:
         config: a dataclass, or an instance of one.
     """
+    from omegaconf import OmegaConf
+
     node = OmegaConf.structured(config)
 
     def thaw(part: DictConfig) -> None:
@@ -169,6 +183,9 @@ def from_plain(schema: type, values: dict[str, Any]) -> Any:
     Raises:
         UserError: a setting is unknown here or of the wrong type, and which.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         merged = OmegaConf.merge(thawed(schema), OmegaConf.create(values))
         return OmegaConf.to_object(merged)

@@ -4,9 +4,8 @@ import ctypes.util
 
 import numpy as np
 import pytest
-
-from envs import TaskError, make_env, suite_tasks
-from envs.tasks import default_action_repeat
+from tdmpc_prune.envs import TaskError, make_env, suite_tasks
+from tdmpc_prune.envs.tasks import default_action_repeat
 
 DOGS_AND_OTHER_HEAVY_ONES = ("dog", "humanoid-cmu", "stacker", "manipulator", "quadruped")
 LIGHT = [name for name in suite_tasks() if not name.startswith(DOGS_AND_OTHER_HEAVY_ONES)]

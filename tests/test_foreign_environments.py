@@ -12,8 +12,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-
-from envs import (
+from tdmpc_prune.envs import (
     Film,
     StepError,
     TaskError,
@@ -23,7 +22,8 @@ from envs import (
     simulator_step_seconds,
     task_name,
 )
-from envs.suite import SuiteEnv
+from tdmpc_prune.envs.suite import SuiteEnv
+
 from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.config import AgentConfig, PlannerConfig
 from tdmpc_prune.agent.world_model import Widths, WorldModel
@@ -431,7 +431,7 @@ def test_a_renderer_that_fails_leaves_one_line_and_no_file(tmp_path, monkeypatch
 
 def test_a_film_whose_pictures_change_size_is_refused(tmp_path):
     pytest.importorskip("imageio_ffmpeg")
-    from envs import DisplayError
+    from tdmpc_prune.envs import DisplayError
 
     sizes = iter([32, 32, 64])
     env = types.SimpleNamespace(
@@ -509,7 +509,7 @@ def test_another_spelling_is_not_another_folder(tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["pendulum-swingup"]
 
 
-def test_another_envs_on_the_path_is_one_line(tmp_path):
+def test_another_envs_on_the_path_does_not_matter(tmp_path):
     (tmp_path / "envs").mkdir()
     (tmp_path / "envs/__init__.py").write_text("")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
@@ -520,7 +520,4 @@ def test_another_envs_on_the_path_is_one_line(tmp_path):
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 2
-        (line,) = done.stderr.splitlines()
-        assert line.startswith("error: ") and str(tmp_path / "envs") in line
-        assert "hides this package's own 'envs': rename it" in line or "PYTHONPATH" in line
+        assert done.returncode == 0, done.stderr

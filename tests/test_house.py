@@ -21,15 +21,19 @@ FLOORS = [
     ["envs"],
 ]
 MODULES_OF = {  # rooms that are no folder of the package
-    "command_line": ["command_line", "arguments", "help_text"],
+    "command_line": ["command_line", "arguments", "help_text", "program", "calls"],
     "ground": ["errors", "machine", "prunable", "settings", "signals", "thresholds", "words"],
     "evaluation": ["evaluation"],
 }
-PRINTS = {"tdmpc_prune/command_line.py"}  # --help; everything else is printed by scripts
+PRINTS = {
+    "tdmpc_prune/command_line.py",
+    "tdmpc_prune/program.py",
+}  # help; everything else is printed by scripts
 
 
 def module_name(path):
     parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "tdmpc_prune" else ("tdmpc_prune", *parts)  # as installed
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -59,9 +63,7 @@ IMPORTS = {name: imported(name) for name in FILES}
 
 
 def room(name):
-    top, *below = name.split(".")
-    if top != "tdmpc_prune":
-        return top
+    _, *below = name.split(".")
     if not below:
         return "ground"
     return next((room for room, own in MODULES_OF.items() if below[0] in own), below[0])
@@ -111,10 +113,10 @@ def test_the_package_does_not_print():
 
 def test_the_package_list_is_of_the_packages_that_are_there():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    folders = {path.parent for name, path in FILES.items() if room(name) != "scripts"}
-    there = sorted(".".join(folder.relative_to(ROOT).parts) for folder in folders)
+    folders = {path.parent for path in FILES.values()}
+    there = sorted(module_name(folder / "__init__.py") for folder in folders)
     assert sorted(project["tool"]["setuptools"]["packages"]) == there
-    assert all((folder / "__init__.py").is_file() for folder in folders)
+    assert all((f / "__init__.py").is_file() for f in folders if f.name != "scripts")
 
 
 def test_the_public_names_are_there():

@@ -7,10 +7,12 @@ import pytest
 
 from tdmpc_prune import command_line
 from tests.commands import ROOT, run
+from tests.test_calls import CUT, TINY
 
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "checkpoints/README.md"]
 PAGES += [ROOT / ".readme" / f"{name}.md" for name in ("results", "analysis", "study-findings")]
+PAGES_OF_CODE = [ROOT / ".readme" / f"{name}.md" for name in ("deployment", "from-python")]
 WITHOUT_HYDRA = ("compare.py", "run_exported.py")
 
 
@@ -41,7 +43,9 @@ def test_every_script_is_in_the_table_of_commands():
     assert sorted(named) == sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [*PAGES, *PAGES_OF_CODE], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_what_a_page_points_to_exists(page):
     text = page.read_text()
     for script in re.findall(r"scripts/(\w+\.py)", text):
@@ -49,7 +53,7 @@ def test_what_a_page_points_to_exists(page):
     for file in re.findall(r"`((?:tdmpc_prune|tests|envs)/[\w/.]+\.py)`", text):
         assert (ROOT / file).is_file(), file
     links = re.findall(r"\]\(([^)\s]+)\)", text)
-    assert links
+    assert links or page in PAGES_OF_CODE
     for link in links:
         if "://" not in link:
             assert (page.parent / link.partition("#")[0]).exists(), link
@@ -95,11 +99,38 @@ def test_the_network_of_the_readme_is_pruned(capsys):
 
 
 def test_the_control_loop_of_the_readme_controls(monkeypatch):
-    (block,) = [block for block in blocks(README, "python") if "Controller" in block]
+    (block,) = [block for block in blocks(README, "python") if "controller" in block]
     monkeypatch.chdir(ROOT)
     names = {}
     exec(compile(block, "README.md", "exec"), names)
     assert names["reward"] > 7  # of 8: one for each simulator step with the pole up
+
+
+def test_the_loop_of_the_deployment_page_controls(monkeypatch, capsys):
+    (block,) = blocks(PAGES_OF_CODE[0], "python")
+    monkeypatch.chdir(ROOT)
+    names, applied = {}, []
+    exec(compile(block, "deployment.md", "exec"), names)
+    monkeypatch.setattr(names["time"], "sleep", lambda seconds: None)
+    seen = iter([[0.0, -1.0, 0.0, 0.0, 0.0], [float("nan")] * 5, [0.0, -1.0, 0.0, 0.0, 0.0]])
+    found = names["control"](lambda: next(seen), applied.append, 3)
+    assert len(applied) == 3 and applied[0] is applied[1] and found.decisions == 2
+    assert "position[0] (element 0) is nan" in capsys.readouterr().out
+
+
+def test_the_calls_of_the_page_run(tmp_path, monkeypatch, undrawn):
+    (block,) = blocks(PAGES_OF_CODE[1], "python")
+    given = ('task="gym:Pendulum-v1", env_steps=20_000, model={"planner": {"samples": 128}}',)
+    given += ('env_steps=5_000, **{"prune.sparsity": 0.5}',)
+    assert all(settings in block for settings in given)
+    block = block.replace(given[0], "**TINY").replace(
+        given[1], "env_steps=0, eval_episodes=1, **CUT"
+    )
+    monkeypatch.chdir(tmp_path)
+    cut = {f"prune.{name}": value for name, value in CUT.items()}
+    names = {"TINY": TINY, "CUT": cut | {"prune.gather_episodes": 1, "prune.gather_updates": 3}}
+    exec(compile(block, "from-python.md", "exec"), names)
+    assert names["controller"].size["sparsity"] >= 0.4
 
 
 def rows(page):

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta
+from tdmpc_prune.envs import TaskError, disturb, make_env
 
-from envs import TaskError, disturb, make_env
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.analysis import stability, stability_report
 from tdmpc_prune.analysis.config import StabilityConfig

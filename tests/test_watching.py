@@ -118,7 +118,7 @@ def close(connection, window):
 # Reports the viewer's state as JSON lines, while the keys are pressed from outside.
 _SHOW = """
 import json, sys, threading, time
-from envs import Viewer, make_env
+from tdmpc_prune.envs import Viewer, make_env
 env = make_env(sys.argv[1], 1)
 env.reset(seed=0)
 with Viewer(env) as viewer:
@@ -203,7 +203,7 @@ def test_an_agent_plays_a_hundred_frames_in_the_viewer(agents, agent):
 # Deciding takes longer than the time that is shown.
 _SLOW = """
 import time
-from envs import Viewer, make_env
+from tdmpc_prune.envs import Viewer, make_env
 env = make_env("cartpole-swingup", 1)
 env.reset(seed=0)
 shown = []
@@ -273,7 +273,9 @@ def test_no_display_is_one_line_that_names_video(agents, tmp_path, monkeypatch, 
 
 
 def can_draw():
-    script = "from envs import make_env; e = make_env('cartpole-swingup', 1, 'rgb_array'); "
+    script = (
+        "from tdmpc_prune.envs import make_env; e = make_env('cartpole-swingup', 1, 'rgb_array'); "
+    )
     script += "e.reset(); e.render()"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
@@ -351,7 +353,7 @@ def test_without_egl_or_the_extra_a_film_is_refused(agents, tmp_path, monkeypatc
     (tmp_path / "imageio_ffmpeg.py").write_text("raise ImportError")
     script = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from pathlib import Path; from envs import DisplayError, Film\n"
+        "from pathlib import Path; from tdmpc_prune.envs import DisplayError, Film\n"
         "try:\n    Film(Path('out.mp4'), None, 0.1)\nexcept DisplayError as error: print(error)"
     )
     done = subprocess.run(

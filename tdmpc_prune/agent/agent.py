@@ -12,6 +12,18 @@ from tdmpc_prune.agent.config import AgentConfig, PlannerConfig
 from tdmpc_prune.agent.planner import planning_macs
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 
+CARD = "card.md"  # beside a shipped agent's files
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What the numbers that an agent takes and gives mean outside, as its task says."""
+
+    observation: tuple[tuple[str, int], ...]  # name and size of each part, in order
+    low: tuple[float, ...]  # [A] what an action of −1 is, in the actuators' own units
+    high: tuple[float, ...]  # [A] the same of 1
+    control_period: float | None  # seconds per decision; None: the task does not say
+
 
 @dataclass(frozen=True)
 class Agent:
@@ -24,10 +36,17 @@ class Agent:
     provenance: dict[str, Any] = field(default_factory=dict)  # seed, env steps, commands, returns …
     parent: Path | None = None  # folder of the dense agent that it was cut from
     folder: Path | None = None  # from which it was loaded
+    interface: Interface | None = None  # None: not on file, as in older checkpoints
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def card(self) -> str | None:
+        """The card that it was shipped with, Markdown; None if there is none."""
+        path = self.folder / CARD if self.folder else None
+        return path.read_text() if path and path.is_file() else None
 
     @property
     def dense_widths(self) -> Widths:

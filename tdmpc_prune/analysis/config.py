@@ -9,7 +9,6 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from envs import task_name
 from tdmpc_prune.agent.config import (
     PRESETS,
     AgentConfig,
@@ -17,6 +16,7 @@ from tdmpc_prune.agent.config import (
     NetworkConfig,
     PlannerConfig,
 )
+from tdmpc_prune.envs import task_name
 from tdmpc_prune.pruning.config import ALLOCATIONS, METRICS, TRACKED, PruneConfig
 from tdmpc_prune.settings import (
     RUN_OR_CHECKPOINT,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 
-from envs import make_env
 from tdmpc_prune.agent.computation import agent_computation
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.analysis.config import GroupsConfig
+from tdmpc_prune.envs import make_env
 from tdmpc_prune.pruning.groups import Structure, find_groups
 from tdmpc_prune.saving.agents import load_agent
 

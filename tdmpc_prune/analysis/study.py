@@ -24,7 +24,6 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from envs import make_env
 from tdmpc_prune.agent.controller import decision_milliseconds
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.analysis import coefficients as optimize_coefficients
@@ -40,6 +39,7 @@ from tdmpc_prune.analysis.config import (
     StudyConfig,
 )
 from tdmpc_prune.analysis.subject import load_subject
+from tdmpc_prune.envs import make_env
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.evaluation import EVALUATION_SEED, evaluate
 from tdmpc_prune.machine import machine

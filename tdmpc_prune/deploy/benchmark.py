@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from envs import make_env
 from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.computation import agent_computation
 from tdmpc_prune.agent.config import PRESETS, AgentConfig
@@ -23,6 +22,7 @@ from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.deploy import playing
 from tdmpc_prune.deploy.candidates import Candidates, measure_candidates
 from tdmpc_prune.deploy.card import recorded_returns
+from tdmpc_prune.envs import make_env
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning.allocation import make_plan
 from tdmpc_prune.pruning.config import PruneConfig

@@ -9,18 +9,16 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from envs import make_env, simulator_step_seconds
-from tdmpc_prune.agent.agent import Agent
+from tdmpc_prune.agent.agent import CARD, Agent, Interface
 from tdmpc_prune.agent.controller import CPU_MS, decision_milliseconds, median_and_p95
 from tdmpc_prune.agent.deciding import WHO, choose
+from tdmpc_prune.envs import make_env, simulator_step_seconds
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.evaluation import Evaluation
+from tdmpc_prune.evaluation import Evaluation, interface_of
 from tdmpc_prune.machine import machine
 from tdmpc_prune.saving.agents import save_agent
 from tdmpc_prune.words import COLUMNS, counted, mean_and_std
 from tdmpc_prune.words import table as markdown
-
-CARD = "card.md"
 
 
 @dataclass(frozen=True)
@@ -101,6 +99,11 @@ def text(found: list[Column], evaluation: Evaluation, seed: int) -> str:
         "",
         fill(f"per episode: {', '.join(f'{value:.1f}' for value in evaluation.returns)}", COLUMNS),
     ]
+    if evaluation.mean_change is not None:
+        lines.append(
+            f"from one decision to the next an action changes by {evaluation.mean_change:.2f} on "
+            f"average and {evaluation.largest_change:.2f} at most, where it goes from -1 to 1"
+        )
     if len(found) > 1 and found[1].source == "recorded" and found[1].returns:
         count = len(found[1].returns)
         lines.append(
@@ -160,9 +163,19 @@ def ship(
     provenance = agent.provenance | {"evaluation": measured, "commands": commands}
     provenance.pop("returns", None)  # of its training; this evaluation stands for it
     parent = found[1].agent.folder if len(found) > 1 else None
-    shipped = replace(agent, provenance=provenance, parent=parent)
+    interface = agent.interface or _interface(agent)
+    shipped = replace(agent, provenance=provenance, parent=parent, interface=interface)
     card = _card(folder.name, [replace(column, agent=shipped), *found[1:]], measured)
     save_agent(folder, shipped, {CARD: card.encode()} | dict(files or {}))
+
+
+def _interface(agent: Agent) -> Interface:
+    """Of an agent that was saved before it was noted."""
+    env = make_env(agent.task, agent.action_repeat)
+    try:
+        return interface_of(env, agent.action_repeat)
+    finally:
+        env.close()
 
 
 def _card(name: str, found: list[Column], measured: dict[str, Any]) -> str:

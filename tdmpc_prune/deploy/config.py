@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from envs import task_name
 from tdmpc_prune.agent.config import PRESETS, AgentConfig
+from tdmpc_prune.envs import task_name
 from tdmpc_prune.pruning.config import RANKINGS, PruneConfig
 from tdmpc_prune.settings import (
     DECISIONS,
@@ -169,6 +169,44 @@ class ExportConfig:
         if name and self.format != "c":
             return Idle(name, "without format=c", "format=c")
         return None
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """An import of a checkpoint of the public TD-MPC code."""
+
+    file: str = setting(MISSING, "the file that its torch.save wrote, *.pt", positional=True)
+    task: str = setting(MISSING, "the task that it learnt, which the file does not say")
+    action_repeat: int | None = setting(
+        None, "simulator steps per decision; null takes the task's published one"
+    )
+    env_steps: int | None = setting(
+        None, "simulator steps that it learnt for; null: as long as exploration is scheduled"
+    )
+    seed: int = setting(0, "that it learnt with, for the record")
+    model: AgentConfig = setting(
+        lambda: PRESETS["paper"].value,
+        "what the file does not say, as published",
+        unused=("network",),
+    )
+    out: str | None = setting(None, "folder for the agent; null takes runs/<task>/imported")
+
+    def __post_init__(self):
+        if self.task != MISSING:
+            object.__setattr__(self, "task", task_name(self.task))
+        require(
+            self.action_repeat is None or self.action_repeat >= 1,
+            f"action_repeat={self.action_repeat} must be at least 1",
+        )
+        require(
+            self.env_steps is None or self.env_steps >= 0,
+            f"env_steps={self.env_steps} cannot be negative",
+        )
+
+    @property
+    def subject(self) -> str:
+        """The task, as the name of a folder."""
+        return self.task.replace(":", "-").replace("/", "-")
 
 
 @dataclass(frozen=True)

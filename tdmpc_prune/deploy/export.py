@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import trange
 
-from envs import make_env, observation_layout, simulator_step_seconds
 from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.planner import Decision, PlannerNoise, draw_noise, first_means, margins, plan
+from tdmpc_prune.envs import make_env, observation_layout, simulator_step_seconds
 from tdmpc_prune.errors import RunError, UserError
 
 TOLERANCE = 1e-4  # largest difference to PyTorch that an export may have

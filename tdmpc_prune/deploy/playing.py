@@ -11,10 +11,10 @@ import gymnasium
 import numpy as np
 from tqdm import tqdm
 
-from envs import Film, Viewer, frame_seconds, make_env, observation_layout
-from envs.viewer import KEYS
 from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.controller import Controller
+from tdmpc_prune.envs import Film, Viewer, frame_seconds, make_env, observation_layout
+from tdmpc_prune.envs.viewer import KEYS
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.evaluation import Evaluation, check_sizes, evaluate
 

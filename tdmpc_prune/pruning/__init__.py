@@ -20,4 +20,42 @@ Cutting
     `surgery`       a plan carried out and proved, or undone: `commit`
     `config`        the settings, and the `schedule` of cuts
     `pruner`        the pruning side of a run: what is due, each cut, and what became of it
+
+The names below are loaded when first asked for. They need neither Hydra nor a simulator.
 """
+
+import importlib
+
+_HOMES = {
+    # What a network offers.
+    "tag": "prunable",
+    "Computation": "prunable",
+    "Calibration": "prunable",
+    # What can be cut, what should be, and the cut.
+    "find_groups": "pruning.groups",
+    "UnknownOperation": "pruning.rules",
+    "PruneConfig": "pruning.config",
+    "Tracker": "pruning.importance",
+    "make_plan": "pruning.allocation",
+    "Plan": "pruning.plan",
+    "commit": "pruning.surgery",
+    "SurgeryError": "pruning.surgery",
+    # With data: units ranked by it, and layers fitted to it after the cut.
+    "rank_by_data": "pruning.gains",
+    "calibration_of": "pruning.refit",
+    "commit_refitted": "pruning.refit",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tdmpc_prune.pruning' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"tdmpc_prune.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

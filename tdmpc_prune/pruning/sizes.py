@@ -15,6 +15,8 @@ _SIZES: list[tuple[type[nn.Module], dict[str, int]]] = [
     (nn.GroupNorm, {"num_channels": 0}),
     (nn.Embedding, {"num_embeddings": 0, "embedding_dim": 1}),
     (nn.PReLU, {"num_parameters": 0}),
+    (nn.RNNBase, {"input_size": 1}),  # their state's width stays
+    (nn.RNNCellBase, {"input_size": 1}),
 ]
 
 
@@ -24,6 +26,8 @@ def attribute_sizes(module: nn.Module) -> dict[str, Any]:
     weight = getattr(module, "weight_v", getattr(module, "weight", None))
     if weight is None and isinstance(module, nn.modules.batchnorm._NormBase):
         weight = module.running_mean
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        weight = getattr(module, "weight_ih_l0", getattr(module, "weight_ih", None))
     if weight is None:
         return {}
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):

@@ -7,13 +7,16 @@ import datetime
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from envs import task_name
-from tdmpc_prune.agent.agent import Agent
+from tdmpc_prune.agent.agent import Agent, Interface
 from tdmpc_prune.agent.config import AgentConfig
+from tdmpc_prune.agent.controller import Controller
 from tdmpc_prune.agent.world_model import Widths, WorldModel
+from tdmpc_prune.envs import task_name
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.machine import versions
 from tdmpc_prune.saving.files import load_tensors, read_json, save_folder, save_tensors, write_json
@@ -23,6 +26,8 @@ from tdmpc_prune.settings import from_plain, to_plain
 FORMAT = "tdmpc_prune agent"
 
 FORMAT_VERSION = 1
+
+TARGET = "target"  # the target networks of an imported agent, beside its own
 
 
 def save_agent(target: Path, agent: Agent, files: Mapping[str, bytes] | None = None) -> None:
@@ -56,6 +61,7 @@ def write_agent(folder: Path, agent: Agent) -> None:
         "task": agent.task,
         "action_repeat": agent.action_repeat,
         "widths": dataclasses.asdict(agent.model.widths),
+        "interface": dataclasses.asdict(agent.interface) if agent.interface else None,
         "config": to_plain(agent.config),
         "parent": os.path.relpath(agent.parent, folder) if agent.parent else None,
         "provenance": agent.provenance
@@ -93,8 +99,9 @@ def load_agent(
         raise UserError(f"checkpoint '{folder}' is for task={theirs}, not {task_name(task)}")
     weights = load_tensors(folder, "agent", description.get("sha256", {}))
     try:
-        model = WorldModel(read_widths(Widths, description["widths"]))
-        model.load_state_dict(weights)
+        with torch.device("meta"):  # weights need not be drawn first
+            model = WorldModel(read_widths(Widths, description["widths"]))
+        model.load_state_dict(weights, assign=True)
         return Agent(
             model=model.to(device),
             config=from_plain(AgentConfig, description["config"]),
@@ -103,10 +110,61 @@ def load_agent(
             provenance=description["provenance"],
             parent=parent_folder(folder, description.get("parent")),
             folder=folder,
+            interface=_interface(description.get("interface")),
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"checkpoint '{folder}' is damaged: {reason}") from error
+
+
+def _interface(saved: dict[str, Any] | None) -> Interface | None:
+    return read_widths(Interface, saved) if saved else None
+
+
+def load(
+    checkpoint: str | Path,
+    *,
+    dense: bool = False,
+    actuator_units: bool = False,
+    seed: int = 0,
+    control_period: float | None = None,
+    device: torch.device | str = "cpu",
+) -> Controller:
+    """A saved agent in control: `action = load("checkpoints/…")(observation)`.
+
+    It has made a first decision, which is slower than those that follow, and was reset.
+
+    Args:
+        checkpoint: an agent's folder, or a run's, whose newest checkpoint it is.
+        dense: the agent that it was cut from instead.
+        actuator_units: give actions in the actuators' own units instead of [-1, 1].
+        seed: of the planner's noise.
+        control_period: seconds from one decision to the next, by which a decision is late; None
+            takes the task's.
+        device: to decide on.
+
+    Raises:
+        UserError: see `load_agent`; there is no dense agent; the units of its actuators are not
+            on file.
+    """
+    agent = load_agent(checkpoint, device)
+    if dense and (agent := dense_parent(checkpoint)) is None:
+        raise UserError(f"'{checkpoint}' names no dense agent that is there")
+    agent.model.to(device)
+    Controller(agent).act([0.0] * agent.model.widths.observation)
+    return Controller(agent, seed, actuator_units=actuator_units, control_period=control_period)
+
+
+def load_target(agent: Agent) -> dict[str, Tensor]:
+    """The target networks' weights that an imported agent brought along; none for others.
+
+    Raises:
+        UserError: they are damaged or gone.
+    """
+    sums = agent.provenance.get("imported", {}).get("target")
+    if not sums or agent.folder is None or not (agent.folder / f"{TARGET}.safetensors").is_file():
+        return {}
+    return load_tensors(agent.folder, TARGET, sums)
 
 
 def load_agents(path: str | Path) -> dict[str, Agent]:

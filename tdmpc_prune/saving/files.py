@@ -10,17 +10,19 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save as serialised
 from torch import Tensor
 
 from tdmpc_prune.errors import RunError, UserError
+
+if TYPE_CHECKING:  # drawing is slow to import, and most who save draw nothing
+    from matplotlib.figure import Figure
 
 
 def write_file(path: str | Path, content: str | bytes, setting: str) -> None:

@@ -33,7 +33,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from envs import task_name
+from tdmpc_prune.envs import task_name
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.machine import versions
 from tdmpc_prune.saving.files import (
@@ -44,7 +44,7 @@ from tdmpc_prune.saving.files import (
     write_folder,
     write_json,
 )
-from tdmpc_prune.settings import quoted
+from tdmpc_prune.settings import PROGRAM, quoted
 
 W = TypeVar("W")
 
@@ -200,10 +200,11 @@ class RunFolder:
     # --- What it tells ----------------------------------------------------------------------
 
     def read_history(self, *kinds: str) -> list[dict[str, Any]]:
-        """The lines of some kinds in the history, in order."""
+        """The lines of some kinds, or of all, in the history, in order."""
         text = self.history.read_text() if self.history.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # a line that is being written, or never was finished
-        return [entry for entry in map(json.loads, whole.splitlines()) if entry["kind"] in kinds]
+        entries = map(json.loads, whole.splitlines())
+        return [entry for entry in entries if not kinds or entry["kind"] in kinds]
 
     def write_plan(self, step: int, plan: str, explanation: str) -> None:
         """Put the plan of cut `step` on file, as JSON and in words."""
@@ -311,9 +312,11 @@ def load_training(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Ten
 
 
 def command_line(arguments: list[str]) -> str:
-    """A command as it is typed in a checkout, from its `sys.argv`."""
-    script = [f"scripts/{Path(argument).name}" for argument in arguments[:1]]
-    return shlex.join(["python", *script, *arguments[1:]])
+    """A command as it is typed in a checkout, or of the program, from its `sys.argv`."""
+    name, rest = arguments[:1], arguments[1:]
+    if name and name[0].startswith(f"{PROGRAM} "):
+        return shlex.join([*name[0].split(), *rest])
+    return shlex.join(["python", *(f"scripts/{Path(script).name}" for script in name), *rest])
 
 
 def parent_folder(folder: Path, relative: str | None) -> Path | None:

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from envs import StepError, make_env
-from envs.tasks import default_action_repeat
 from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.calibration import Pool, agent_calibration, draw_pool
 from tdmpc_prune.agent.computation import agent_computation
@@ -27,12 +25,20 @@ from tdmpc_prune.agent.learner import Learner
 from tdmpc_prune.agent.planner import first_means, plan
 from tdmpc_prune.agent.replay import Episode, SequenceReplay
 from tdmpc_prune.agent.world_model import Widths, WorldModel
+from tdmpc_prune.envs import StepError, make_env
+from tdmpc_prune.envs.tasks import default_action_repeat
 from tdmpc_prune.errors import UserError
-from tdmpc_prune.evaluation import EVALUATION_SEED, Evaluation, check_sizes, evaluate
+from tdmpc_prune.evaluation import (
+    EVALUATION_SEED,
+    Evaluation,
+    check_sizes,
+    evaluate,
+    interface_of,
+)
 from tdmpc_prune.machine import choose_device
 from tdmpc_prune.prunable import Calibration, Computation, component_parameters
 from tdmpc_prune.pruning.plan import Plan
-from tdmpc_prune.saving.agents import load_agent, load_agents, write_agent
+from tdmpc_prune.saving.agents import load_agent, load_agents, load_target, write_agent
 from tdmpc_prune.saving.run_folder import RunFolder
 from tdmpc_prune.settings import typed
 from tdmpc_prune.training import report
@@ -42,6 +48,7 @@ from tdmpc_prune.training.mending import mend
 from tdmpc_prune.words import counted, mean_and_std
 
 _CALIBRATION_STARTS = 1_500  # states that sequences start from: 60 000 rows at horizon 5
+_ENDS_AT_ONCE = 3  # episodes that must do so before a task is refused
 BROKEN_IN_A_ROW = 3  # episodes, after which a run does not go on
 
 
@@ -154,10 +161,17 @@ class AgentTraining:
         """A reset and a step, before anything is written.
 
         Raises:
-            StepError: the task cannot be played.
+            StepError: the task cannot be played, or is over at once.
         """
-        self.env.reset(seed=self._episode_seed(self.progress.episodes))
-        self.env.step(np.zeros(self.action_width, np.float32))
+        for attempt in range(_ENDS_AT_ONCE):
+            self.env.reset(seed=self._episode_seed(self.progress.episodes + attempt))
+            *_, terminated, _, _ = self.env.step(np.zeros(self.action_width, np.float32))
+            if not terminated:
+                return
+        raise StepError(
+            f"task '{self.config.task}' terminates in the first decision of every episode, which "
+            f"leaves nothing to learn; look at what its step returns as 'terminated'"
+        )
 
     def _decide(self, log: RunLog) -> float | None:
         """One decision, and what follows if the episode ends with it.
@@ -411,6 +425,7 @@ class AgentTraining:
             action_repeat=self.action_repeat,
             provenance=provenance or {},
             parent=parent,
+            interface=interface_of(self.env, self.action_repeat),
         )
 
     # --- Saving and going on ---------------------------------------------------------------
@@ -520,7 +535,8 @@ class AgentTraining:
             for name in ("env_steps", "decisions", "episodes", "updates_due"):
                 setattr(progress, name, values["progress"][name])
         else:
-            self.take_learner(saved.model, {}, saved.provenance["updates"])
+            targets = {f"target.{name}": w for name, w in load_target(saved).items()}
+            self.take_learner(saved.model, targets, saved.provenance["updates"])
             progress.env_steps = saved.provenance["env_steps"]
             progress.decisions = saved.provenance["decisions"]
             progress.episodes_to_gather = config.prune.gather_episodes

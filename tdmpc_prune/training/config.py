@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from envs import task_name
 from tdmpc_prune.agent.config import PRESETS, AgentConfig
 from tdmpc_prune.autoencoder.config import IMAGES, DataConfig
 from tdmpc_prune.autoencoder.config import LearningConfig as AutoencoderLearningConfig
 from tdmpc_prune.autoencoder.config import NetworkConfig as AutoencoderNetworkConfig
+from tdmpc_prune.envs import task_name
 from tdmpc_prune.pruning.config import METHODS, ONE_CUT, RANKINGS, PruneConfig
 from tdmpc_prune.settings import (
     DECISIONS,
@@ -48,7 +48,7 @@ class TrainConfig:
     MAY_CHANGE_ON_RESUME: ClassVar = ("device", "env_steps", "threads")
 
     task: str = setting(
-        "cartpole-swingup", "a DeepMind Control Suite task, or gym:<id> for any Gymnasium one"
+        "cartpole-swingup", "a DeepMind Control Suite task, gym:<id> or file:<path>:<class>"
     )
     prune: PruneConfig = setting(
         PruneConfig, "whether and how to compress while training", choices=METHODS

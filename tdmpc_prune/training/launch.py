@@ -10,6 +10,9 @@ from pathlib import Path
 
 from tdmpc_prune.agent.deciding import unavailable
 from tdmpc_prune.agent.world_model import Widths
+from tdmpc_prune.envs import make_env
+from tdmpc_prune.envs import report as report_on
+from tdmpc_prune.envs.tasks import FILE_PREFIX, GYM_PREFIX
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.refit import Refit
@@ -76,6 +79,21 @@ def prepare(config: RunConfig) -> Run:
         run.pruner.check(run.trainee.first_update)
     run.trainee.rehearse()
     return run
+
+
+def task_report(config: TrainConfig) -> str | None:
+    """What an agent will see of a task that others wrote; None of the suite's, or of a resumed run.
+
+    Raises:
+        TaskError: see `envs.make_env`; StepError: it cannot be played.
+    """
+    if config.resume or not config.task.startswith((GYM_PREFIX, FILE_PREFIX)):
+        return None
+    env = make_env(config.task, config.action_repeat)
+    try:
+        return report_on(config.task, env, config.action_repeat or 1)
+    finally:
+        env.close()
 
 
 def resume(config: RunConfig, given: list[str]) -> Run:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from envs import TaskError
+from tdmpc_prune.envs import TaskError
 from tdmpc_prune.errors import NonFiniteLoss, RunError, UserError
 from tdmpc_prune.prunable import Calibration
 from tdmpc_prune.pruning.pruner import Pruner, RunFacts
@@ -82,6 +82,11 @@ class Run:
     @property
     def now(self) -> int:
         return self.trainee.now
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """All lines of its history so far, in order; each says its `kind`."""
+        return self.folder.read_history()
 
     def run(self, name: str = "") -> Measured:
         """Train to the end and return the last measurement.
