@@ -62,7 +62,7 @@ from tests.commands import ROOT, SMALL, run, run_process
         (["+seed=1"], "write seed=1, without '+'"),
         (["~seed"], "without '~'"),
         (["seed="], "seed= has no value; the default is 1"),
-        (["prune="], "prune= has no value; the choices are none, bayesian"),
+        (["prune="], "prune= has no value; the choices are none, compensated"),
         (["prune={a: 1}"], "prune={a: 1} is not a choice"),
         (["prune=bayesian", "prune=none"], "prune=… is given twice"),
         (["prune=bayesian", "prune.protect=latent"], "write 'prune.protect=[latent]'"),

@@ -633,7 +633,7 @@ def test_wrong_input_is_one_line_and_nothing_starts(tmp_path, arguments, message
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prune=bayesan"], "the choices are none, bayesian"),
+        (["prune=bayesan"], "the choices are none, compensated"),
         (["prune=bayesian", "prune.plan=nowhere.json"], "plan 'nowhere.json' cannot be read"),
     ],
 )
