@@ -43,11 +43,11 @@ def train(**settings: Any) -> Run:
 
 
 def prune(checkpoint: str | Path, prune: str | None = None, **settings: Any) -> Run:
-    """Prune a finished agent or autoencoder in steps, with training after each.
+    """Prune a finished agent or autoencoder: one refitted cut, or several with training after each.
 
     Args:
         checkpoint: a run's folder, or a checkpoint.
-        prune: what ranks the units; None is `bayesian`.
+        prune: what ranks the units; None is `compensated`.
         settings: as of `prune.py`; see `train`.
 
     Returns:
