@@ -15,8 +15,8 @@ from tdmpc_prune.errors import UserError
 from tdmpc_prune.settings import PROGRAM
 
 COMMANDS = (  # in the README's order
-    *("train", "train_autoencoder", "prune", "import", "groups", "evaluate", "compare", "fit"),
-    *("export", "run_exported", "benchmark", "sensitivity", "importance", "stability"),
+    *("train", "train_autoencoder", "prune", "distil", "import", "groups", "evaluate", "compare"),
+    *("fit", "export", "run_exported", "benchmark", "sensitivity", "importance", "stability"),
     *("optimize_coefficients", "compare_coefficients", "study"),
 )
 

@@ -33,7 +33,13 @@ from tests.commands import run
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 PRUNE = PruneConfig(
-    method="bayesian", sparsity=0.6, steps=3, min_width=2, round_to=1, max_return_drop=10.0
+    method="bayesian",
+    refit=False,  # test_an_autoencoder_is_refitted has it
+    sparsity=0.6,
+    steps=3,
+    min_width=2,
+    round_to=1,
+    max_return_drop=10.0,
 )
 
 
@@ -311,3 +317,20 @@ def test_what_differs_from_the_checkpoint_is_said(whole_run, tmp_path):
     config = small(tmp_path / "run", start_from=str(whole_run), network=other, updates=80)
     with pytest.raises(UserError, match=r"its network is .*'latent_width': 8.*'latent_width': 9"):
         launch.start(config, [])
+
+
+@pytest.mark.parametrize("method", ["compensated", "bayesian"])
+def test_an_autoencoder_is_refitted(whole_run, tmp_path, method):
+    """Right after the cut, on images that nothing was fitted to."""
+
+    def score(refit):
+        prune = replace(PRUNE, method=method, refit=refit, start=0.0, steps=1, sparsity=0.4)
+        prune = replace(prune, gather_updates=3)
+        folder = tmp_path / str(refit)
+        config = PruneCheckpointConfig(str(whole_run), prune, run_dir=str(folder))
+        run = launch.start(launch.pruning_run(config, ["prune.min_width", "prune.round_to"]), [])
+        score = run.run().mean
+        assert bool(RunFolder(folder).read_history("refit")) == refit
+        return score
+
+    assert score(True) > score(False)

@@ -84,6 +84,6 @@ def test_how_much_actions_change_is_measured(small_run):
     found = evaluate(agent, 2, 0)
     assert 0 < found.mean_change <= found.largest_change <= 2
     assert Evaluation([1.0], 2, 0.1).mean_change is None
-    done = run("evaluate.py", str(small_run[0]), "episodes=2", cwd=small_run[0])
+    done = run("evaluate.py", str(small_run[0]), "episodes=2", "decisions=torch", cwd=small_run[0])
     said = f"changes by {found.mean_change:.2f} on average and {found.largest_change:.2f} at most"
     assert done.returncode == 0 and said in " ".join(done.stdout.split())

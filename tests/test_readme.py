@@ -11,7 +11,9 @@ from tests.test_calls import CUT, TINY
 
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "checkpoints/README.md"]
-PAGES += [ROOT / ".readme" / f"{name}.md" for name in ("results", "analysis", "study-findings")]
+PAGES += [
+    ROOT / ".readme" / f"{name}.md" for name in ("cuts", "results", "analysis", "study-findings")
+]
 PAGES_OF_CODE = [ROOT / ".readme" / f"{name}.md" for name in ("deployment", "from-python")]
 WITHOUT_HYDRA = ("compare.py", "run_exported.py")
 
@@ -85,17 +87,6 @@ def test_every_command_of_a_page_is_understood(page, tmp_path, monkeypatch):
         understood.clear()
         done = run(script, *arguments, cwd=tmp_path)
         assert done.returncode == 0 and understood, (script, arguments, done.stderr)
-
-
-def test_the_network_of_the_readme_is_pruned(capsys):
-    (block,) = [block for block in blocks(README, "python") if "commit(" in block]
-    names = {}
-    exec(compile(block, "README.md", "exec"), names)
-    net, plan = names["net"], names["plan"]
-    assert net[0].out_features == net[2].in_features < 64
-    assert net(names["x"]).shape == (64, 2)
-    assert names["groups"].widths == plan.widths_after
-    assert "mlp" in capsys.readouterr().out
 
 
 def test_the_control_loop_of_the_readme_controls(monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tdmpc_prune.envs import StepError
 
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.saving.files import load_tensors
@@ -367,9 +368,9 @@ def test_a_task_that_does_not_repeat_itself_is_resumed_without_the_episode(tmp_p
     assert 8 in lengths or 7 in lengths
 
 
-def test_episodes_of_one_decision(tmp_path):
+def test_episodes_of_one_decision_are_refused(tmp_path):
     """The shortest there are: terminated at once."""
     config = small_config(tmp_path / "run", task="gym:tests.synthetic:OneStep-v0")
-    evaluation = launch.start(replace(config, env_steps=120), []).run()
-    assert len(evaluation.returns) == 2
-    assert final_state(tmp_path / "run")[1]["episodes"] == 120
+    with pytest.raises(StepError, match="terminates in the first decision of every episode"):
+        launch.start(replace(config, env_steps=120), [])
+    assert not (tmp_path / "run").exists()

@@ -51,6 +51,7 @@ class Controller:
         agent: Agent,
         seed: int = 0,
         layout: Sequence[Mapping[str, Any]] | None = None,
+        *,
         actuator_units: bool = False,
         control_period: float | None = None,
         decisions: str = "auto",

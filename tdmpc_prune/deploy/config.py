@@ -88,7 +88,9 @@ class FitConfig:
         "null takes 20 000 for a dense agent, and 0 for a pruned one or a pruning run",
     )
     prune: PruneConfig = setting(
-        replace(RANKINGS["compensated"].value, start=0.0, sparsity=0.97, max_return_drop=0.3),
+        replace(
+            RANKINGS["compensated"].value, start=0.0, steps=8, sparsity=0.97, max_return_drop=0.3
+        ),
         "how the networks are cut first; its max_return_drop undoes cuts, the one above judges "
         "what is found",
         choices=RANKINGS,

@@ -67,7 +67,7 @@ def view(agent: Agent, seed: int, decisions: str = "auto") -> Iterator[str]:
     check_sizes(agent.model, env, agent.task)
     step_seconds = _step_seconds(env, agent.task)
     period = 1000 * step_seconds * agent.action_repeat
-    controller = Controller(agent, seed, observation_layout(env), decisions)
+    controller = Controller(agent, seed, observation_layout(env), decisions=decisions)
     with Viewer(env) as viewer:
         yield KEYS
         while viewer.is_open:
@@ -109,7 +109,7 @@ def record(
     env = make_env(agent.task, action_repeat=1, render_mode="rgb_array")
     check_sizes(agent.model, env, agent.task)
     step_seconds = _step_seconds(env, agent.task)
-    controller = Controller(agent, seed, observation_layout(env), decisions)
+    controller = Controller(agent, seed, observation_layout(env), decisions=decisions)
     returns, decisions = [], 0
     deciding = drawing = 0.0  # s
     env.reset(seed=seed)

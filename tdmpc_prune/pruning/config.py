@@ -36,7 +36,7 @@ class PruneConfig:
         "start of the schedule: up to 1 a fraction of the run, above 1 env steps into it",
     )
     end: float = setting(0.6, "time of the last cut, likewise")
-    steps: int = setting(8, "cuts, evenly spaced after start up to end")
+    steps: int = setting(4, "cuts, evenly spaced after start up to end")
     shape: str = setting("cosine", f"how sparsity grows between them: {', '.join(SHAPES)}")
     allocation: str = setting(
         "global",
