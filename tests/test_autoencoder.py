@@ -320,14 +320,14 @@ def test_what_differs_from_the_checkpoint_is_said(whole_run, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["compensated", "bayesian"])
-def test_an_autoencoder_is_refitted(whole_run, tmp_path, method):
+def test_an_autoencoder_is_refitted(trained, tmp_path, method):
     """Right after the cut, on images that nothing was fitted to."""
 
     def score(refit):
-        prune = replace(PRUNE, method=method, refit=refit, start=0.0, steps=1, sparsity=0.4)
+        prune = replace(PRUNE, method=method, refit=refit, start=0.0, steps=1)
         prune = replace(prune, gather_updates=3)
         folder = tmp_path / str(refit)
-        config = PruneCheckpointConfig(str(whole_run), prune, run_dir=str(folder))
+        config = PruneCheckpointConfig(str(trained / "autoencoder"), prune, run_dir=str(folder))
         run = launch.start(launch.pruning_run(config, ["prune.min_width", "prune.round_to"]), [])
         score = run.run().mean
         assert bool(RunFolder(folder).read_history("refit")) == refit
