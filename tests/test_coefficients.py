@@ -28,7 +28,10 @@ from tests.pruning_zoo import Agent, computation, losses, make_data
 from tests.test_surgery import choose, close, group_names
 
 
-@pytest.mark.parametrize("part", range(3))  # 60 examples, which several processes share
+@pytest.mark.parametrize(
+    "part",  # of 60 examples, a minute each, which several processes share
+    [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2))],
+)
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**31 - 1))
 def test_hard_masks_are_the_cut_for_every_kind_of_group(part, seed):
