@@ -232,7 +232,9 @@ def test_planners_of_any_size(agent, planner, tmp_path, monkeypatch):
 )
 def test_every_shipped_agent_is_exported(path, tmp_path, monkeypatch):
     # All observations for the smallest networks; a dense agent takes 0.1 s to decide.
-    checked = {"fitted": 1000, "pruned": 100, "dense": 20}[path.name.rpartition("-")[2]]
+    checked = {"small": 1000, "fitted": 1000, "pruned": 100, "dense": 20}[
+        path.name.rpartition("-")[2]
+    ]
     if path.name == "walker-walk-fitted":
         checked = 200
     monkeypatch.setattr(exporting, "CHECKED", checked)

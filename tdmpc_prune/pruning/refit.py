@@ -33,10 +33,10 @@ from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.structure import Structure
 from tdmpc_prune.pruning.surgery import committing
 
-_RIDGES = (1e-4, 1e-7, 1e-10)  # times the mean variance of the inputs
+_RIDGES = (1e-4, 1e-7, 1e-10, 1e-13)  # times the mean variance of the inputs
 _AS_GOOD = 1.1  # the strongest ridge whose held-out error is within this factor of the least
 _HELD_OUT = 5  # every fifth batch, from the second on
-_EXACT = 1e-12  # relative error below which there is nothing to mend
+_EXACT = 1e-16  # relative error below which there is nothing to mend
 _TINY = 1e-300  # keeps 0 / 0 from being no number
 _ROUNDING = 1e-13  # share of a mean square below which a variance is nothing
 _SAID = 1e-9  # and above which it is something that has to be met
