@@ -73,7 +73,7 @@ class FitConfig:
         f"{RUN_OR_CHECKPOINT}; of a pruning run all agents are candidates",
         positional=True,
     )
-    rate_hz: float = setting(100.0, "decisions per second that 95 % of its decisions must keep, by CPU time")
+    rate_hz: float = setting(100.0, "decisions per second that 95 % of them must keep, by CPU time")
     max_return_drop: float = setting(
         0.05, "fraction of the dense agent's return that may be lost at most"
     )
