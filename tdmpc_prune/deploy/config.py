@@ -192,6 +192,7 @@ class BenchmarkConfig:
     device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
     threads: int = setting(1, "CPU threads")
     json: str | None = setting(None, "file to write the measurements to")
+    picture: str | None = setting(None, "PNG file to draw every way to decide in")
     page: str | None = setting(
         None, "page of measured machines (Markdown) to add a line of this measurement to"
     )
@@ -209,5 +210,5 @@ class BenchmarkConfig:
         if self.checkpoint:
             name = among(given, "environments", "model", "model.")
             return Idle(name, "with checkpoint=…, which brings its own") if name else None
-        name = among(given, "episodes", "seed", "page")
+        name = among(given, "episodes", "seed", "picture", "page")
         return Idle(name, "without checkpoint=…, whose episodes are played") if name else None
