@@ -10,7 +10,9 @@ from tests.commands import ROOT, run
 
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "checkpoints/README.md"]
-PAGES += [ROOT / ".readme" / f"{name}.md" for name in ("results", "analysis", "study-findings")]
+PAGES += [
+    ROOT / ".readme" / f"{name}.md" for name in ("results", "analysis", "study-findings", "c")
+]
 WITHOUT_HYDRA = ("compare.py", "run_exported.py")
 
 
