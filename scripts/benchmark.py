@@ -1,7 +1,7 @@
 """Time an agent. `python scripts/benchmark.py --help` lists every setting."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tdmpc_prune.command_line import run_command
@@ -13,17 +13,20 @@ def main(config: BenchmarkConfig, given: list[str]) -> None:
 
     Examples:
       python scripts/benchmark.py model=paper
-      python scripts/benchmark.py checkpoints/cartpole-swingup-fitted
+      python scripts/benchmark.py checkpoints/cartpole-swingup-fitted picture=speed.png
     """
     from tdmpc_prune.deploy.benchmark import benchmark, gain
     from tdmpc_prune.deploy.candidates import add_to_page
     from tdmpc_prune.errors import UserError
     from tdmpc_prune.machine import choose_device
     from tdmpc_prune.saving.agents import load_agent, load_parent
-    from tdmpc_prune.saving.files import write_file
+    from tdmpc_prune.saving.files import check_folder, write_file
     from tdmpc_prune.words import counted
 
     device = choose_device(config.device)
+    for setting in ("json", "picture", "page"):
+        if path := getattr(config, setting):
+            check_folder(path, setting)
     if config.checkpoint:
         agent = load_agent(config.checkpoint, device, config.task if "task" in given else None)
         parent = load_parent(agent, device=device)
@@ -36,7 +39,13 @@ def main(config: BenchmarkConfig, given: list[str]) -> None:
         result = benchmark(config.model, config.task, config.environments, config.repeats, device)
         print(result.table())
         values = result.as_json()
-    if config.page and result.candidates:
+    if config.checkpoint and (config.page or config.picture) and not result.candidates:
+        print("\nnothing is drawn or added to a page: ways to decide are compared on the CPU")
+        config = replace(config, picture=None, page=None)
+    if config.picture:
+        write_file(config.picture, result.candidates.picture(), "picture")
+        print(f"\ndrawn in {config.picture}")
+    if config.page:
         page = Path(config.page)
         line = result.candidates.line(Path(config.checkpoint).name)
         write_file(page, add_to_page(page, line), "page")

@@ -161,16 +161,28 @@ def test_the_example_needs_no_pytorch(folders, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(bool(microcontroller.missing()), reason=f"needs {microcontroller.missing()}")
+@pytest.fixture(scope="module")
+def proofs(agent, folders):
+    if missing := microcontroller.missing():
+        pytest.skip(f"needs {missing}")
+    return {kind: microcontroller.prove(folders["planner", kind].folder, agent) for kind in KINDS}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_microcontroller_decides_as_this_machine(agent, folders, kind):
+def test_a_microcontroller_decides_as_this_machine(proofs, kind):
     """In QEMU: Cortex-M4F bit for bit, M7 within 1e-4."""
-    proof = microcontroller.prove(folders["planner", kind].folder, agent)
-    four, seven = proof.runs
-    assert four.bits == proof.bits and len(four.bits) >= 8
-    assert proof.differences()[seven.board] <= 1e-4
+    four, seven = proofs[kind].runs
+    assert four.bits == proofs[kind].bits and len(four.bits) >= 8
+    assert proofs[kind].differences()[seven.board] <= 1e-4
     assert 0 < four.flash_kb < 20 and 0 < four.ram_kb < 5 and 0 < four.stack_kb < 2
     assert 0.01 < four.million_instructions < 5
+
+
+def test_narrow_weights_cost_a_microcontroller_little_time_and_no_memory(proofs):
+    for wide, *narrow in zip(*(proofs[kind].runs for kind in KINDS), strict=True):
+        for one in narrow:
+            assert one.million_instructions < 1.3 * wide.million_instructions
+            assert one.flash_kb < wide.flash_kb and one.ram_kb <= wide.ram_kb
 
 
 @pytest.mark.parametrize(

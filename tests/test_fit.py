@@ -85,7 +85,8 @@ def search_with(returns, monkeypatch, confirmed_ms=4.0, **settings):
     def times(*agents, repeats, decisions="auto"):
         first_look = repeats < fit._CONFIRMING_REPEATS
         return [
-            [agent.config.planner.samples / 8 if first_look else confirmed_ms] for agent in agents
+            [agent.config.planner.samples / 8] if first_look else list(np.atleast_1d(confirmed_ms))
+            for agent in agents
         ]
 
     monkeypatch.setattr(fit, "decision_milliseconds", times)
@@ -118,6 +119,15 @@ def test_a_second_look_at_the_time_counts(monkeypatch):
     assert "took 7.00 ms per decision and more" in str(
         fit_report.failure(slow_later, FitConfig("x"))
     )
+
+
+def test_a_rate_is_kept_by_95_percent(monkeypatch):
+    failing = search_with({"a": 99.0}, monkeypatch, confirmed_ms=[4.0] * 180 + [7.0] * 20)
+    assert failing.fitted is None
+    said = str(fit_report.failure(failing, FitConfig("x")))
+    assert "took 4.00 ms" in said and "95 % within 7.00 ms" in said and "within 5.00 ms" in said
+    kept = search_with({"a": 99.0}, monkeypatch, confirmed_ms=[4.0] * 195 + [7.0] * 5)
+    assert kept.fitted is not None
 
 
 def agent_with(returns, dense=False):

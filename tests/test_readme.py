@@ -12,7 +12,8 @@ from tests.test_calls import CUT, TINY
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "checkpoints/README.md"]
 PAGES += [
-    ROOT / ".readme" / f"{name}.md" for name in ("cuts", "results", "analysis", "study-findings")
+    ROOT / ".readme" / f"{name}.md"
+    for name in ("cuts", "results", "analysis", "study-findings", "c")
 ]
 PAGES_OF_CODE = [ROOT / ".readme" / f"{name}.md" for name in ("deployment", "from-python")]
 WITHOUT_HYDRA = ("compare.py", "run_exported.py")

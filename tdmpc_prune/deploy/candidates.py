@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.controller import Controller
@@ -23,6 +24,7 @@ from tdmpc_prune.agent.planner import planning_macs
 from tdmpc_prune.deploy.export import draw_inputs, graph_session, ports_of
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.machine import machine
+from tdmpc_prune.saving.files import png
 from tdmpc_prune.words import table
 
 RATES_HZ = (10, 50, 100, 400, 1_000)  # usual control rates
@@ -45,8 +47,17 @@ class Candidate:
     @property
     def reached_hz(self) -> int | None:
         """The fastest usual control rate that 95 % of its cold decisions keep, by CPU time."""
-        slow = np.percentile(self.cold_cpu, 95)
-        return max((rate for rate in RATES_HZ if slow <= 1000 / rate), default=None)
+        kept = [rate for rate in RATES_HZ if self.share_within(1000 / rate) >= 0.95]
+        return max(kept, default=None)
+
+    def share_within(self, period_ms: float) -> float:
+        """Of its cold decisions, those that take no longer, by CPU time."""
+        return float(np.mean(np.array(self.cold_cpu) <= period_ms))
+
+    def says(self, rate_hz: float) -> str:
+        """Whether it keeps a control rate, and how nearly if it does not."""
+        share = self.share_within(1000 / rate_hz)
+        return "yes" if share >= 0.95 else f"{share:.0%} of them" if share else "no"
 
 
 @dataclass(frozen=True)
@@ -73,17 +84,52 @@ class Candidates:
                     f"{max(one.cold_cpu):.3f}",
                     f"{np.median(one.cold_wall):.3f}",
                     f"{faster[0]:.1f}, {faster[1]:.1f}",
-                    f"{one.reached_hz} Hz" if one.reached_hz else f"none of {RATES_HZ[0]} Hz on",
                 )
             )
         names = ["CPU ms per decision", "cold", "warm", "95 %", "worst", "wall, cold"]
-        names += ["times dense: cold, warm", "keeps"]
+        names += ["times dense: cold, warm"]
         width = f", {self.vector_width} numbers at once in C" if self.vector_width else ""
         return (
             f"{table(rows, names)}\n\n"
             f"one thread of a {self.machine}{width}; medians unless said otherwise; the agent's "
-            f"matrix products alone would take {self.floor_ms:.3f} ms"
+            f"matrix products alone would take {self.floor_ms:.3f} ms\n\n{self.rates()}"
         )
+
+    def rates(self) -> str:
+        """Which of them keeps which usual control rate, as a table."""
+        rows = [(one.what, *map(one.says, RATES_HZ)) for one in self.found]
+        return table(rows, ["cold decisions in time, by CPU time", *(f"{r} Hz" for r in RATES_HZ)])
+
+    def picture(self) -> bytes:
+        """All of them on a scale of milliseconds, beside the usual control rates, as PNG."""
+        figure = Figure(figsize=(9, 1.2 + 0.55 * len(self.found)), layout="constrained")
+        axis = figure.subplots()
+        for place, one in enumerate(self.found):
+            label = None if place else "cold: median, 95 %, worst"
+            median, most = np.median(one.cold_cpu), np.percentile(one.cold_cpu, 95)
+            axis.plot([median, most], [place] * 2, "-", color="C0", linewidth=6, label=label)
+            axis.plot(max(one.cold_cpu), place, "|", color="C0", markersize=12)
+            label = None if place else "warm: median"
+            axis.plot(np.median(one.warm_cpu), place, "o", color="C1", label=label)
+        axis.axvline(self.floor_ms, color="0.4", linestyle=":", label="matrix products alone")
+        for rate in RATES_HZ:
+            axis.axvline(1000 / rate, color="C3", linestyle="--", linewidth=0.8)
+            axis.annotate(
+                f"{rate} Hz",
+                (1000 / rate, 1),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="bottom",
+                fontsize=8,
+                color="C3",
+            )
+        axis.set_yticks(range(len(self.found)), [one.what for one in self.found])
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_xlabel(f"ms of CPU time per decision, one thread of a {self.machine}")
+        axis.grid(alpha=0.3, axis="x")
+        figure.legend(loc="outside right upper", fontsize=7)
+        return png(figure)
 
     @staticmethod
     def _beside(dense: Candidate, one: Candidate) -> list[tuple[list[float], list[float]]]:

@@ -73,7 +73,7 @@ class FitConfig:
         f"{RUN_OR_CHECKPOINT}; of a pruning run all agents are candidates",
         positional=True,
     )
-    rate_hz: float = setting(100.0, "decisions per second that it must reach")
+    rate_hz: float = setting(100.0, "decisions per second that 95 % of them must keep, by CPU time")
     max_return_drop: float = setting(
         0.05, "fraction of the dense agent's return that may be lost at most"
     )
@@ -232,6 +232,7 @@ class BenchmarkConfig:
     device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
     threads: int = setting(1, "CPU threads")
     json: str | None = setting(None, "file to write the measurements to")
+    picture: str | None = setting(None, "PNG file to draw every way to decide in")
     page: str | None = setting(
         None, "page of measured machines (Markdown) to add a line of this measurement to"
     )
@@ -249,5 +250,5 @@ class BenchmarkConfig:
         if self.checkpoint:
             name = among(given, "environments", "model", "model.")
             return Idle(name, "with checkpoint=…, which brings its own") if name else None
-        name = among(given, "episodes", "seed", "page")
+        name = among(given, "episodes", "seed", "picture", "page")
         return Idle(name, "without checkpoint=…, whose episodes are played") if name else None

@@ -202,11 +202,12 @@ INLINE void box_muller(const uint32_t first[WIDTH], const uint32_t second[WIDTH]
     normal[1] = radius * from_bits(b ^ (-((other >> 2) & 1) & SIGN));
 }
 
-INLINE void counted(uint32_t words[4][WIDTH], const planner_key *key, int part, int block, int first)
+INLINE void counted(uint32_t words[4][WIDTH], const planner_key *key, int part, int four,
+                    int first)
 {
     for (int lane = 0; lane < WIDTH; lane++) {
         words[0][lane] = (uint32_t)(first + lane);
-        words[1][lane] = ((uint32_t)part << 16) + (uint32_t)block;
+        words[1][lane] = ((uint32_t)part << 16) + (uint32_t)four;
         words[2][lane] = key->decision;
         words[3][lane] = key->stream;
     }
@@ -278,61 +279,87 @@ typedef struct {
     float *joint;     /* [D + A][TILE], the actions after the latent */
     float *result;    /* [TILE] twice: of a network with one output, and the smallest so far */
     float *known[2];  /* [widest]: what the latent adds in the first layers at the first step */
-    float *decoded;   /* [PLANNER_ROWS][widest], of weights that are not float32 */
+    float *decoded;   /* [PLANNER_ROWS][widest], of narrow weights; unused if WIDTH is 1 */
 } buffers;
 
-/* A float16: the bits in their places are worth too little by 2^112, below the normal numbers too. */
+/* A float16. In software: the bits in their places are worth too little by 2^112, below the normal
+ * numbers too. */
 INLINE float half(uint16_t stored)
 {
-    uint32_t all = (uint32_t)(stored & 0x7fff) << 13;
     float x;
+#if defined(__ARM_FP) && defined(__ARM_ARCH_PROFILE) && __ARM_ARCH_PROFILE == 77 /* M */
+    uint32_t all = stored;
+    memcpy(&x, &all, sizeof x);
+    __asm__("vcvtb.f32.f16 %0, %1" : "=t"(x) : "t"(x));
+#else
+    uint32_t all = (uint32_t)(stored & 0x7fff) << 13;
     memcpy(&x, &all, sizeof x);
     x *= 5.19229686e33f;
     memcpy(&all, &x, sizeof x);
     all |= (uint32_t)(stored & 0x8000) << 16;
     memcpy(&x, &all, sizeof x);
+#endif
     return x;
 }
 
-/* Weights of some rows, columns `from` to `to`, as float32; they lie `*stride` apart. */
-static const float *weights(const planner_layer *layer, int row, int rows, int from, int to,
-                            float *decoded, int *stride)
+/* Element `at` of stored weights; `type` is a constant where it is used. */
+INLINE float element(const int type, const void *weight, int at, float scale)
 {
-    int first = row * layer->inputs;
-    if (layer->type == PLANNER_FLOAT32) {
-        *stride = layer->inputs;
-        return (const float *)layer->weight + first + from;
-    }
-    *stride = to - from;
-    for (int r = 0; r < rows; r++, first += layer->inputs) {
-        float *to_row = decoded + r * *stride;
-        if (layer->type == PLANNER_FLOAT16) {
-            const uint16_t *kept = (const uint16_t *)layer->weight + first;
-            for (int k = from; k < to; k++)
-                to_row[k - from] = half(kept[k]);
-        } else {
-            const int8_t *kept = (const int8_t *)layer->weight + first;
-            for (int k = from; k < to; k++)
-                to_row[k - from] = (float)kept[k] * layer->scale[row + r];
-        }
-    }
-    return decoded;
+    if (type == PLANNER_FLOAT16)
+        return half(((const uint16_t *)weight)[at]);
+    if (type == PLANNER_INT8)
+        return (float)((const int8_t *)weight)[at] * scale;
+    return ((const float *)weight)[at];
 }
 
-/* Some rows of a layer for some vectors of samples; both numbers are constants where it is used. */
-INLINE void product(const int rows, const int vectors, const float *weight, int stride, int inputs,
+/* Some rows of a matrix, of some of its columns. */
+typedef struct {
+    const void *weight;
+    const float *scale; /* of each row; int8 alone has them */
+    int stride, columns, type;
+} block;
+
+static block rows_of(const planner_layer *layer, int row, int from, int to)
+{
+    static const int bytes[] = {4, 2, 1};
+    int first = row * layer->inputs + from;
+    block of = {(const char *)layer->weight + first * bytes[layer->type],
+                layer->scale ? layer->scale + row : NULL, layer->inputs, to - from, layer->type};
+    return of;
+}
+
+#if WIDTH > 1
+/* As float32. */
+static block decode(block of, int rows, float *decoded)
+{
+    block wide = {decoded, NULL, of.columns, of.columns, PLANNER_FLOAT32};
+    for (int r = 0; r < rows; r++)
+        for (int k = 0; k < of.columns; k++)
+            *decoded++ = of.type == PLANNER_FLOAT16
+                             ? element(PLANNER_FLOAT16, of.weight, r * of.stride + k, 1.0f)
+                             : element(PLANNER_INT8, of.weight, r * of.stride + k, of.scale[r]);
+    return wide;
+}
+#endif
+
+/* Some rows of a layer for some vectors of samples; the first three are constants where it is
+ * used. */
+INLINE void product(const int type, const int rows, const int vectors, const block *of,
                     const float *bias, const float *input, float *output)
 {
     vec sum[PLANNER_ROWS][VECTORS];
-    UNROLLED for (int r = 0; r < rows; r++)
+    float scale[PLANNER_ROWS];
+    UNROLLED for (int r = 0; r < rows; r++) {
+        scale[r] = type == PLANNER_INT8 ? of->scale[r] : 1.0f;
         UNROLLED for (int v = 0; v < vectors; v++)
             sum[r][v] = spread(bias[r]);
-    for (int k = 0; k < inputs; k++, input += TILE) {
+    }
+    for (int k = 0; k < of->columns; k++, input += TILE) {
         vec x[VECTORS];
         UNROLLED for (int v = 0; v < vectors; v++)
             x[v] = load(input + v * WIDTH);
         UNROLLED for (int r = 0; r < rows; r++) {
-            vec w = spread(weight[r * stride + k]);
+            vec w = spread(element(type, of->weight, r * of->stride + k, scale[r]));
             UNROLLED for (int v = 0; v < vectors; v++)
                 sum[r][v] = multiply_add(w, x[v], sum[r][v]);
         }
@@ -342,41 +369,68 @@ INLINE void product(const int rows, const int vectors, const float *weight, int 
             store(output + r * TILE + v * WIDTH, sum[r][v]);
 }
 
-INLINE void products(const int vectors, int rows, const float *weight, int stride, int inputs,
+INLINE void products(const int type, const int vectors, int rows, const block *of,
                      const float *bias, const float *input, float *output)
 {
     switch (rows) { /* as many as there are, so that the compiler keeps all sums in registers */
-    case 1: product(1, vectors, weight, stride, inputs, bias, input, output); break;
-    case 2: product(2, vectors, weight, stride, inputs, bias, input, output); break;
-    case 3: product(3, vectors, weight, stride, inputs, bias, input, output); break;
-    case 4: product(4, vectors, weight, stride, inputs, bias, input, output); break;
+    case 1: product(type, 1, vectors, of, bias, input, output); break;
+    case 2: product(type, 2, vectors, of, bias, input, output); break;
+    case 3: product(type, 3, vectors, of, bias, input, output); break;
+    case 4: product(type, 4, vectors, of, bias, input, output); break;
 #if PLANNER_ROWS > 4
-    case 5: product(5, vectors, weight, stride, inputs, bias, input, output); break;
-    case 6: product(6, vectors, weight, stride, inputs, bias, input, output); break;
+    case 5: product(type, 5, vectors, of, bias, input, output); break;
+    case 6: product(type, 6, vectors, of, bias, input, output); break;
 #endif
 #if PLANNER_ROWS > 6
-    case 7: product(7, vectors, weight, stride, inputs, bias, input, output); break;
-    case 8: product(8, vectors, weight, stride, inputs, bias, input, output); break;
+    case 7: product(type, 7, vectors, of, bias, input, output); break;
+    case 8: product(type, 8, vectors, of, bias, input, output); break;
 #endif
     default: break;
     }
 }
 
-/* A linear layer on columns `from` to `to` of its inputs: [to - from][TILE] -> [outputs][TILE]. */
+/* Some rows of a layer for all vectors of samples. */
+INLINE void rows_times(const int type, int rows, const block *of, const float *bias,
+                       const float *input, int vectors, float *output)
+{
+    int v = 0;
+    for (; v + VECTORS <= vectors; v += VECTORS)
+        products(type, VECTORS, rows, of, bias, input + v * WIDTH, output + v * WIDTH);
+#if WIDTH > 1
+    for (; v < vectors; v++)
+        products(type, 1, rows, of, bias, input + v * WIDTH, output + v * WIDTH);
+#else /* row by row: it is seldom, and code takes flash */
+    for (int size = type == PLANNER_FLOAT32 ? 4 : type == PLANNER_FLOAT16 ? 2 : 1; v < vectors; v++)
+        for (int r = 0; r < rows; r++) {
+            block one = {(const char *)of->weight + r * of->stride * size,
+                         of->scale ? of->scale + r : NULL, 0, of->columns, type};
+            product(type, 1, 1, &one, bias + r, input + v, output + r * TILE + v);
+        }
+#endif
+}
+
+/* A linear layer on columns `from` to `to` of its inputs: [to - from][TILE] -> [outputs][TILE].
+ * Where many samples share a weight, narrow ones are decoded once for all of them; one sample at a
+ * time has registers left to decode them in. */
 ALONE void linear(const planner_layer *layer, int from, int to, const float *bias,
                   const float *input, int vectors, float *output, const buffers *own)
 {
     for (int row = 0; row < layer->outputs; row += PLANNER_ROWS) {
-        int left = layer->outputs - row, rows = left < PLANNER_ROWS ? left : PLANNER_ROWS, stride;
-        const float *weight = weights(layer, row, rows, from, to, own->decoded, &stride);
+        int left = layer->outputs - row, rows = left < PLANNER_ROWS ? left : PLANNER_ROWS;
+        block of = rows_of(layer, row, from, to);
         float *out = output + row * TILE;
-        int v = 0;
-        for (; v + VECTORS <= vectors; v += VECTORS)
-            products(VECTORS, rows, weight, stride, to - from, bias + row, input + v * WIDTH,
-                     out + v * WIDTH);
-        for (; v < vectors; v++)
-            products(1, rows, weight, stride, to - from, bias + row, input + v * WIDTH,
-                     out + v * WIDTH);
+#if WIDTH > 1
+        if (of.type != PLANNER_FLOAT32)
+            of = decode(of, rows, own->decoded);
+#else
+        (void)own;
+        if (of.type == PLANNER_FLOAT16)
+            rows_times(PLANNER_FLOAT16, rows, &of, bias + row, input, vectors, out);
+        else if (of.type == PLANNER_INT8)
+            rows_times(PLANNER_INT8, rows, &of, bias + row, input, vectors, out);
+        else
+#endif
+            rows_times(PLANNER_FLOAT32, rows, &of, bias + row, input, vectors, out);
     }
 }
 
@@ -575,7 +629,7 @@ static void lay_out(const planner_model *model, int horizon, int samples, int po
     own->known[0] = take(&from, PLANNER_ROUND(wide));
     own->known[1] = take(&from, PLANNER_ROUND(wide));
     own->decoded = from;
-    from += is_small(model) ? PLANNER_ROWS * PLANNER_ROUND(wide) : 0;
+    from += is_small(model) ? PLANNER_DECODED(wide) : 0;
     parts->values = from;
 }
 

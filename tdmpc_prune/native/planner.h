@@ -105,6 +105,7 @@ typedef struct {
  * weights is not float32. */
 #define PLANNER_ROUND(count) (((count) + PLANNER_WIDTH - 1) / PLANNER_WIDTH * PLANNER_WIDTH)
 #define PLANNER_ROWS (PLANNER_WIDTH == 1 ? 4 : PLANNER_WIDTH == 16 ? 8 : 6)
+#define PLANNER_DECODED(widest) (PLANNER_WIDTH == 1 ? 0 : PLANNER_ROWS * PLANNER_ROUND(widest))
 #define PLANNER_WORKSPACE(widest, latent, action, horizon, samples, policy_samples, elites, small) \
     (sizeof(float) *                                                                               \
      (size_t)(PLANNER_TILE * (2 * (widest) + (latent) + (action)                                   \
@@ -112,7 +113,7 @@ typedef struct {
               + (horizon) * (action) * (PLANNER_ROUND(samples) + PLANNER_ROUND(policy_samples))    \
               + (samples) + (policy_samples) + PLANNER_ROUND(elites) * 2                           \
               + 2 * PLANNER_ROUND((horizon) * (action)) + PLANNER_ROUND(latent)                    \
-              + 2 * PLANNER_ROUND(widest) + (small) * PLANNER_ROWS * PLANNER_ROUND(widest)         \
+              + 2 * PLANNER_ROUND(widest) + (small) * PLANNER_DECODED(widest)                      \
               + PLANNER_WIDTH))
 
 /* Bytes of workspace that a call with this model and these settings needs. */
