@@ -42,9 +42,8 @@ def task_name(task: str) -> str:
 @cache
 def suite_tasks() -> dict[str, tuple[str, str]]:
     """Every DeepMind Control Suite task: dashed name → (domain, task)."""
-    from tdmpc_prune.envs.rendering import (
-        choose_gl_backend,  # which needs Gymnasium; a name alone does not
-    )
+    # Which needs Gymnasium; a name alone does not.
+    from tdmpc_prune.envs.rendering import choose_gl_backend
 
     choose_gl_backend()
     try:

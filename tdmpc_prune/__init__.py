@@ -18,10 +18,11 @@ The tasks themselves are in `tdmpc_prune.envs`, whose folder lies beside this on
 are loaded when first asked for.
 """
 
-import importlib
 import importlib.util
 import sys
 from pathlib import Path
+
+from tdmpc_prune.lazy import lazily
 
 __version__ = "0.1.0"
 
@@ -54,16 +55,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module 'tdmpc_prune' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"tdmpc_prune.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazily(__name__, _HOMES)
 
 
 def lying_in(part: str) -> Path:

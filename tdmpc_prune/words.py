@@ -90,3 +90,8 @@ def _broken(row: list[str], widths: list[int]) -> list[str]:
         "| " + " | ".join(f"{part:<{w}}" for part, w in zip(line, widths, strict=True)) + " |"
         for line in zip_longest(*cells, fillvalue="")
     ]
+
+
+def folder_name(task: str) -> str:
+    """A task's name as that of a folder."""
+    return task.replace(":", "-").replace("/", "-")

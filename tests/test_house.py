@@ -22,7 +22,16 @@ FLOORS = [
 ]
 MODULES_OF = {  # rooms that are no folder of the package
     "command_line": ["command_line", "arguments", "help_text", "program", "calls"],
-    "ground": ["errors", "machine", "prunable", "settings", "signals", "thresholds", "words"],
+    "ground": [
+        "errors",
+        "lazy",
+        "machine",
+        "prunable",
+        "settings",
+        "signals",
+        "thresholds",
+        "words",
+    ],
     "evaluation": ["evaluation"],
 }
 PRINTS = {

@@ -53,7 +53,7 @@ from tdmpc_prune.thresholds import back_at
 from tdmpc_prune.training import launch
 from tdmpc_prune.training.config import PruneCheckpointConfig, TrainConfig
 from tdmpc_prune.training.run import Run
-from tdmpc_prune.words import counted
+from tdmpc_prune.words import counted, folder_name
 
 START = "start"  # the dense agent that all arms of a seed begin with
 _RESULT, _FAILURES, _SETTINGS = "result.json", "failures.txt", "study.json"
@@ -77,7 +77,7 @@ class Job:
 
     def folder(self, out: str) -> Path:
         """Where it lies; every seed has its own."""
-        task = self.task.replace(":", "-").replace("/", "-")
+        task = folder_name(self.task)
         arm = self.arm if self.sparsity is None else f"{self.arm}-{self.sparsity:g}"
         return Path(out) / task / arm.replace(" ", "-") / f"seed{self.seed}"
 

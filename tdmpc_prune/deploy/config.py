@@ -20,6 +20,7 @@ from tdmpc_prune.settings import (
     setting,
 )
 from tdmpc_prune.training.config import PruneCheckpointConfig
+from tdmpc_prune.words import folder_name
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class ImportConfig:
     @property
     def subject(self) -> str:
         """The task, as the name of a folder."""
-        return self.task.replace(":", "-").replace("/", "-")
+        return folder_name(self.task)
 
 
 @dataclass(frozen=True)

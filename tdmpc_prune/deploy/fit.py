@@ -31,6 +31,7 @@ from tdmpc_prune.saving.agents import load_agent, load_agents, load_parent
 from tdmpc_prune.thresholds import least
 from tdmpc_prune.training.config import PruneCheckpointConfig
 from tdmpc_prune.training.launch import default_run_dir, pruning_run
+from tdmpc_prune.words import folder_name
 
 _SAMPLES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of the agent's own
 _FEWEST_SAMPLES = 16
@@ -113,7 +114,7 @@ def search(config: FitConfig, found: dict[str, Agent], reference: Reference) -> 
 
 def free_folder(config: FitConfig) -> Path:
     """Where the fitted agent goes. Raises UserError: it exists, or there is no agent to fit."""
-    task = load_agent(config.checkpoint).task.replace(":", "-").replace("/", "-")
+    task = folder_name(load_agent(config.checkpoint).task)
     folder = Path(config.out or Path("runs") / task / f"fitted-{config.rate_hz:g}hz")
     agent_report.check_free(folder)
     return folder

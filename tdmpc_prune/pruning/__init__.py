@@ -19,12 +19,14 @@ Cutting
     `sizes`         what modules say of their weights' sizes
     `surgery`       a plan carried out and proved, or undone: `commit`
     `config`        the settings, and the `schedule` of cuts
+    `proposals`     from ranked units to a plan of any sparsity
+    `stage`         where a run stands in its pruning
     `pruner`        the pruning side of a run: what is due, each cut, and what became of it
 
 The names below are loaded when first asked for. They need neither Hydra nor a simulator.
 """
 
-import importlib
+from tdmpc_prune.lazy import lazily
 
 _HOMES = {
     # What a network offers.
@@ -48,14 +50,4 @@ _HOMES = {
 
 __all__ = list(_HOMES)
 
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module 'tdmpc_prune.pruning' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"tdmpc_prune.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazily(__name__, _HOMES)

@@ -6,8 +6,8 @@ return, an autoencoder's PSNR). Time is counted in the unit of the schedule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,63 +18,21 @@ from torch import Tensor
 
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.prunable import Calibration, Computation, Learner
-from tdmpc_prune.pruning.allocation import make_plan, width_floors
-from tdmpc_prune.pruning.compensation import Ranking, lift_normed, plan_by_gains
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.pruning.gains import Gains, rank_by_data
 from tdmpc_prune.pruning.groups import find_groups
 from tdmpc_prune.pruning.importance import Tracker
 from tdmpc_prune.pruning.plan import Plan
+from tdmpc_prune.pruning.proposals import Proposal, Ranked, all_alike
 from tdmpc_prune.pruning.refit import Refit, commit_refitted, whole_or_restored
 from tdmpc_prune.pruning.schedule import Schedule, make_schedule
+from tdmpc_prune.pruning.stage import RunFacts, Stage
 from tdmpc_prune.pruning.surgery import commit, kept_units
 from tdmpc_prune.thresholds import back_at
 from tdmpc_prune.thresholds import least as least_of
 
 _LEAST_GAIN = 0.01  # sparsity that a smaller cut in place of an undone one has to add
 _LEVELLED_OFF = 0.05  # a score that rises by less, as a fraction, over its last four evaluations
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """What a pruner has to know of the run that it prunes."""
-
-    dense: Mapping[str, int]  # component → parameters before anything was cut
-    first: int  # time at which the run starts
-    last: int  # and ends
-    unit: str  # of time, as the setting of the run's length is called: "env_steps", "updates"
-    score: str  # what is measured: "return", "PSNR"
-    seed: int  # of the `random` baseline
-    gather: bool  # gradients have to be gathered first: nothing is learnt before the first cut
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A cut that has not been made, and the basis that its units are of."""
-
-    plan: Plan
-    weights: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # if not the present
-
-
-@dataclass
-class Stage:
-    """Where a run stands in its pruning; JSON types."""
-
-    # gathering, then waiting → measured → cut (→ mending → mended) → recovering → waiting | failed
-    phase: str = "gathering"
-    gathered: int = 0  # updates whose gradients were gathered before the start
-    step: int = 0  # steps taken; those beyond the schedule's are smaller cuts for undone ones
-    kept: int = 0  # cuts that were not undone
-    changes: int = 0  # cuts and undone cuts: two equal numbers, and these are the same networks
-    reference: float | None = None  # best score so far
-    dense_score: float | None = None  # of the dense networks when they were to be cut first
-    dense_scores: list[list[float]] = field(default_factory=list)  # until then: [time, score]
-    failed: float | None = None  # smallest sparsity that had to be undone
-    undone: list[dict[str, float]] = field(default_factory=list)  # step, sparsity, score, least
-    exhausted: bool = False  # nothing smaller than what was undone can be cut
-    offline_steps: int = 0  # of mending, that went into the present networks
-    came_back: bool = False  # a score of the training has been as good as before the cut
-    record: dict[str, Any] = field(default_factory=dict)  # of the step in progress
 
 
 class Pruner:
@@ -134,16 +92,9 @@ class Pruner:
             )
         if self._given:
             self._given.check(self.structure)
-        elif self.config.by_data:
-            self._plan_by_gains(
-                {
-                    name: Ranking(np.arange(width), np.zeros(width))
-                    for name, width in self.structure.widths.items()
-                },
-                self.config.sparsity,
-            )
         else:
-            self.plan(np.zeros(sum(self.structure.widths.values())), self.config.sparsity)
+            alike = all_alike(self.structure, self.config)
+            self._limited(alike).propose(self.config.sparsity, strict=True)
 
     def attach(self, learner: Learner, computation: Computation) -> None:
         """Find the groups of a learner's networks, and track its gradients."""
@@ -392,10 +343,6 @@ class Pruner:
 
     # --- Cutting and undoing ------------------------------------------------------------------
 
-    def plan(self, densities: np.ndarray, sparsity: float, strict: bool = True) -> Plan:
-        """A plan for the agent as it is. Raises UserError: see `make_plan`."""
-        return make_plan(self.structure, densities, self.config, sparsity, self.facts.dense, strict)
-
     def propose(self, now: int, calibration: Calibration | None = None) -> Proposal:
         """The cut of the next step, as far as the limits allow; failures are halved towards.
 
@@ -408,20 +355,20 @@ class Pruner:
         Raises:
             UserError: see `rank_by_data`.
         """
-        gains = self._gains(calibration)
         if self._given:
+            gains = self._gains(calibration)
             return Proposal(self._given, gains.weights if gains else {})
-        plan_to = self._planner(self.schedule.progress(now), gains, strict=False)
+        ranked = self._ranked(self.schedule.progress(now), calibration)
         failed, target = self.stage.failed, self.schedule.sparsity_after(self.stage.step + 1)
         if failed is not None:
             target = min(target, (self.sparsity + failed) / 2)
-        plan = plan_to(target)
-        while failed is not None and plan.achieved >= failed - 1e-9 and plan.removed:
+        found = ranked.propose(target)
+        while failed is not None and found.plan.achieved >= failed - 1e-9 and found.plan.removed:
             target = (self.sparsity + target) / 2  # whole chunks go
             if target - self.sparsity < _LEAST_GAIN:
-                return Proposal(replace(plan, removed={}))
-            plan = plan_to(target)
-        return Proposal(plan, gains.weights if gains else {})
+                return Proposal(replace(found.plan, removed={}))
+            found = ranked.propose(target)
+        return found
 
     def propose_whole(self, calibration: Calibration | None = None) -> Proposal:
         """One cut to the final sparsity, by the evidence so far.
@@ -429,9 +376,16 @@ class Pruner:
         Raises:
             UserError: the limits do not allow it; see `rank_by_data`.
         """
+        return self._ranked(1.0, calibration).propose(self.config.sparsity, strict=True)
+
+    def _ranked(self, progress: float, calibration: Calibration | None) -> Ranked:
+        """The units by the evidence so far, weighed as at `progress` of the schedule."""
         gains = self._gains(calibration)
-        plan = self._planner(1.0, gains, strict=True)(self.config.sparsity)
-        return Proposal(plan, gains.weights if gains else {})
+        return self._limited(self.densities(progress) if gains is None else gains)
+
+    def _limited(self, known: np.ndarray | Gains) -> Ranked:
+        network, dense = self._learner.model, self.facts.dense
+        return Ranked(known, self.structure, network, self.config, dense)
 
     def _gains(self, calibration: Calibration | None) -> Gains | None:
         """The units ranked by data, if that is how they are ranked or what a given plan is of."""
@@ -443,32 +397,6 @@ class Pruner:
             calibration,
             self._given.method if self._given else self.config.method,
             rotated=bool(self._given) or self.config.rotate,
-        )
-
-    def _planner(
-        self, progress: float, gains: Gains | None, strict: bool
-    ) -> Callable[[float], Plan]:
-        """Sparsity → plan, by the evidence so far, weighed as at `progress` of the schedule."""
-        if gains is None:
-            densities = self.densities(progress)
-            return lambda sparsity: self.plan(densities, sparsity, strict)
-        return lambda sparsity: replace(
-            self._plan_by_gains(gains.ranking, sparsity, strict), rotated=list(gains.rotated)
-        )
-
-    def _plan_by_gains(
-        self, ranking: Mapping[str, Ranking], sparsity: float, strict: bool = True
-    ) -> Plan:
-        floors = width_floors(self.structure, self.config)
-        return plan_by_gains(
-            self.structure,
-            ranking,
-            lift_normed(self.structure, self._learner.model, floors),
-            sparsity,
-            self.facts.dense,
-            self.config.method,
-            self.config.round_to,
-            strict,
         )
 
     def all_densities(self, progress: float) -> dict[str, np.ndarray]:
@@ -552,6 +480,10 @@ class Pruner:
         stage.changes += 1
         stage.phase = "mended"
 
+    def leave_unmended(self) -> None:
+        """Offline steps failed: the networks are those that they were to begin with."""
+        self.stage.phase = "recovering"
+
     def skip(self) -> None:
         """The next step has nothing to cut: an earlier one went far enough, or failed."""
         self.stage.step += 1
@@ -573,7 +505,7 @@ class Pruner:
                 "least": record["least"],
             }
         )
-        self.stage.offline_steps -= record["useful_steps"]
+        self.stage.offline_steps -= record.get("useful_steps", 0)  # absent from older runs
         self.stage.changes += 1
         self.stage.phase = "waiting"
         self._before_cut, self._made = {}, None

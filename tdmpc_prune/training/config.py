@@ -23,6 +23,7 @@ from tdmpc_prune.settings import (
     require,
     setting,
 )
+from tdmpc_prune.words import folder_name
 
 
 def _not_gathered(config: Any, given: Sequence[str]) -> Idle | None:
@@ -85,7 +86,7 @@ class TrainConfig:
     @property
     def subject(self) -> str:
         """What is learnt, as the name of a folder."""
-        return self.task.replace(":", "-").replace("/", "-")
+        return folder_name(self.task)
 
     def idle(self, given: Sequence[str]) -> Idle | None:
         """A given setting without effect."""

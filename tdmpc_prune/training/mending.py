@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 
-import torch
-
 from tdmpc_prune.agent.calibration import Pool, agent_calibration, is_head, latent_channels
 from tdmpc_prune.agent.computation import agent_computation
 from tdmpc_prune.agent.config import AgentConfig
@@ -18,7 +16,7 @@ from tdmpc_prune.agent.distillation import Teaching, distil, latent_steps
 from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.pruning.groups import find_groups
 from tdmpc_prune.pruning.plan import Plan
-from tdmpc_prune.pruning.refit import kept_channels, refit
+from tdmpc_prune.pruning.refit import kept_channels, refit, whole_or_restored
 
 LATENT_STEPS = 300
 
@@ -49,19 +47,19 @@ def mend(
         Steps done now.
 
     Raises:
-        NonFiniteLoss, UserError: see `distil` and `refit`.
+        NonFiniteLoss, UserError: see `distil` and `refit`; nothing has changed.
     """
     done, most = steps
     structure = find_groups(agent_computation(whole, copy.deepcopy(whole), config))
     channels = latent_channels(kept_channels(plan, structure, whole), whole)
     teaching = Teaching.of(whole, pool, channels)
     now = most - done if done else min(LATENT_STEPS, most)
-    if done:
-        distil(model, teaching, now, seed=seed)
-    else:
-        latent_steps(model, teaching, now, seed=seed)
-        heads = agent_calibration(whole, pool, config).only(is_head)
-        refit(plan, structure, whole, {"model": model}, heads)
-    with torch.no_grad():
-        target.load_state_dict(model.state_dict())
+    with whole_or_restored({"model": model}):
+        if done:
+            distil(model, teaching, now, seed=seed)
+        else:
+            latent_steps(model, teaching, now, seed=seed)
+            heads = agent_calibration(whole, pool, config).only(is_head)
+            refit(plan, structure, whole, {"model": model}, heads)
+    target.load_state_dict(model.state_dict())
     return now

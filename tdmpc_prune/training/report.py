@@ -64,8 +64,8 @@ def sentence(record: dict[str, Any], pruner: Pruner) -> str:
     which = f"of {steps}" if step <= steps else "(smaller, in place of one undone)"
     mended = ""
     if "mended" in record:
-        steps = counted(record["useful_steps"], "offline step")
-        mended = f"{record['mended']['mean']:.4g} after {steps}, "
+        offline = counted(record["useful_steps"], "offline step")
+        mended = f"{record['mended']['mean']:.4g} after {offline}, "
     return (
         f"cut {step} {which} at {record['cut_at']:,} {unit}: sparsity "
         f"{record['sparsity']:.3f} ({record['parameters']:,} parameters), {pruner.facts.score} "

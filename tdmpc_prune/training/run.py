@@ -19,7 +19,8 @@ from torch import nn
 from tdmpc_prune.envs import TaskError
 from tdmpc_prune.errors import NonFiniteLoss, RunError, UserError
 from tdmpc_prune.prunable import Calibration
-from tdmpc_prune.pruning.pruner import Pruner, RunFacts
+from tdmpc_prune.pruning.pruner import Pruner
+from tdmpc_prune.pruning.stage import RunFacts
 from tdmpc_prune.pruning.surgery import SurgeryError
 from tdmpc_prune.saving.files import write_folder
 from tdmpc_prune.saving.run_folder import RunFolder, load_training
@@ -332,8 +333,15 @@ class Run:
         self.log.progress(doing="mending")
         whole, plan = pruner.whole()
         before = pruner.networks()
-        steps = trainee.mend(whole, plan, record["offline_steps"], self.config.prune.distil)
-        pruner.mended(before, steps)
+        try:
+            steps = trainee.mend(whole, plan, record["offline_steps"], self.config.prune.distil)
+        except (NonFiniteLoss, UserError) as error:
+            pruner.leave_unmended()
+            steps, failed = 0, f"offline steps after cut {record['step']} were taken back: {error}"
+            self.log.record("warning", self.now, text=failed)
+            self.log.say(f"note: {failed}")
+        else:
+            pruner.mended(before, steps)
         self.log.progress(doing="")
         self.log.record("mending", self.now, step=record["step"], steps=steps)
 

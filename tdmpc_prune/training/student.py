@@ -31,7 +31,7 @@ from tdmpc_prune.saving.agents import load_agent
 from tdmpc_prune.training.config import DistilConfig, PruneCheckpointConfig
 from tdmpc_prune.training.launch import prepare, pruning_run
 from tdmpc_prune.training.run import Run
-from tdmpc_prune.words import counted, mean_and_std
+from tdmpc_prune.words import counted, folder_name, mean_and_std
 
 _SEED = 1_000  # added to the seed of a student's weights: not those that its teacher began with
 
@@ -61,7 +61,7 @@ class Taught:
 
 def folder_of(config: DistilConfig) -> Path:
     """Where the student goes. Raises UserError: there is no teacher."""
-    task = _teacher(config).task.replace(":", "-").replace("/", "-")
+    task = folder_name(_teacher(config).task)
     return Path(config.save or f"runs/{task}/student/seed{config.seed}")
 
 
