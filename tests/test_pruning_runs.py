@@ -343,6 +343,24 @@ def test_a_stage_of_an_older_release_is_taken_up(tmp_path):
     assert course.due(160) is None  # nothing to rank by yet, in this new tracker
 
 
+def test_a_cut_of_an_older_release_is_undone(tmp_path, monkeypatch):
+    """Its record knows of no offline steps."""
+    returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
+    trainer = launch.start(undoing_config(tmp_path / "run", start=0.4, end=0.8), [])
+
+    def step(step=trainer.step):
+        if trainer.pruner.due(trainer.now) == "undo":
+            for name in ("offline_steps", "useful_steps"):
+                del trainer.pruner.stage.record[name]
+            trainer.step = step
+        return step()
+
+    trainer.step = step
+    trainer.run()
+    assert RunFolder(tmp_path / "run").read_history("undone")
+    assert load_agent(tmp_path / "run").provenance["pruning"]["offline_steps"] == 0
+
+
 def scored(tmp_path, scores):
     course = launch.start(undoing_config(tmp_path / "run"), []).pruner
     for now, score in enumerate(scores):

@@ -154,6 +154,62 @@ def test_what_did_not_help_is_taken_back(dense, tmp_path):
     assert all(torch.equal(target[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize(
+    ("diverges", "returns", "steps", "why"),
+    [
+        ("latent steps", (100, 50, 97), 0, "distillation loss is nan"),
+        ("refit", (100, 50, 97), 0, "nothing to fit by"),
+        ("all at once", (100, 50, 60, 97), 300, "distillation loss is nan"),
+    ],
+)
+def test_a_run_whose_offline_steps_fail_takes_them_back_and_goes_on(
+    dense, tmp_path, monkeypatch, capsys, diverges, returns, steps, why
+):
+    said = 0
+
+    def after_some_steps(error):
+        nonlocal said
+        said += 1
+        return error if said < 4 else error * float("nan")
+
+    def latent_error(*arguments, ask=mending.Teaching.latent_error):
+        reached, error = ask(*arguments)
+        return reached, after_some_steps(error)
+
+    def refit(*_):
+        raise UserError("nothing to fit by")
+
+    if diverges == "latent steps":
+        monkeypatch.setattr(mending.Teaching, "latent_error", latent_error)
+    elif diverges == "refit":
+        monkeypatch.setattr(mending, "refit", refit)
+    else:
+        whole = mending.Teaching.error
+        monkeypatch.setattr(mending.Teaching, "error", lambda *a: after_some_steps(whole(*a)))
+    trainer = begin(finished(dense, tmp_path / "run", env_steps=40))
+    says(trainer, *map(float, returns))
+    around = []
+
+    def step(step=trainer.step):
+        due, before = trainer.pruner.due(trainer.now), trainer.pruner.networks()
+        more = step()
+        if due == "mend":
+            around.append((before, trainer.pruner.networks()))
+        return more
+
+    trainer.step = step
+    trainer.run()
+    before, after = around[-1]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    text = "offline steps after cut 1 were taken back: "
+    (warning,) = (r for r in records(tmp_path / "run", "warning") if text in r["text"])
+    assert why in warning["text"]
+    assert f"note: {warning['text']}" in capsys.readouterr().out.splitlines()
+    assert [record["steps"] for record in records(tmp_path / "run", "mending")][-1] == 0
+    assert trainer.now == 200 + 40 and len(records(tmp_path / "run", "pruning step")) == 1
+    assert load_agent(tmp_path / "run").provenance["pruning"]["offline_steps"] == steps
+
+
 def test_offline_steps_bring_the_student_closer_to_the_rotated_whole(dense, tmp_path):
     trainer = begin(finished(dense, tmp_path / "run"))
     while trainer.pruner.stage.phase != "cut":
