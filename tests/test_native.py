@@ -4,6 +4,7 @@ import ctypes
 import json
 import shutil
 import subprocess
+import tempfile
 import threading
 from dataclasses import replace
 
@@ -283,6 +284,34 @@ def test_the_compiled_planner_is_cached_and_a_wrong_one_is_not(tmp_path, monkeyp
     (made,) = folder.iterdir()
     build.library(lambda library: pytest.fail("it is there already"))
     assert [made] == list(folder.iterdir())
+    build.library.cache_clear()
+
+
+def test_a_damaged_planner_in_the_cache_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.library.cache_clear()
+    build.library(lambda library: None)
+    (made,) = (tmp_path / "tdmpc_prune").iterdir()
+    made.unlink()  # it is loaded: what lies there is not to be written over
+    made.write_bytes(b"half")
+    build.library.cache_clear()
+    build.library(lambda library: None)
+    assert made.stat().st_size > 1_000 and [made] == list(made.parent.iterdir())
+    build.library.cache_clear()
+
+
+def test_a_cache_that_cannot_be_written_to_is_done_without(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def temporary(*, dir=None, make=tempfile.TemporaryDirectory, **more):
+        if dir:  # permissions do not stop root
+            raise PermissionError(13, "Permission denied")
+        return make(**more)
+
+    monkeypatch.setattr(build.tempfile, "TemporaryDirectory", temporary)
+    build.library.cache_clear()
+    assert build.library(lambda library: None).planner_width() >= 1
+    assert not list((tmp_path / "tdmpc_prune").iterdir())
     build.library.cache_clear()
 
 

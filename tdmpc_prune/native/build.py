@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -71,13 +72,14 @@ def library(check: Callable[[ctypes.CDLL], str | None]) -> ctypes.CDLL:
     key = hashlib.sha256(told.encode() + sources).hexdigest()[:24]
     try:
         target = cache_folder() / f"planner-{key}.so"
-        target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
-            return ctypes.CDLL(str(target))
-        folder: Path | None = target.parent
-    except (OSError, RuntimeError):  # damaged, no home folder, or not to be written to
-        target, folder = None, None
-    with tempfile.TemporaryDirectory(prefix=".planner-", dir=folder) as made:
+            with contextlib.suppress(OSError):  # damaged: it is made again
+                return ctypes.CDLL(str(target))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=".planner-", dir=target.parent)
+    except (OSError, RuntimeError):  # no home folder, or not to be written to
+        target, folder = None, tempfile.TemporaryDirectory(prefix=".planner-")
+    with folder as made:
         new = Path(made) / "planner.so"
         _compile(name, new)
         try:
