@@ -168,6 +168,43 @@ def proofs(agent, folders):
     return {kind: microcontroller.prove(folders["planner", kind].folder, agent) for kind in KINDS}
 
 
+def exported(agent, tmp_path, monkeypatch, **changes):
+    if missing := microcontroller.missing():
+        pytest.skip(f"needs {missing}")
+    boards = (replace(microcontroller.BOARDS[0], **changes),)
+    monkeypatch.setattr(microcontroller, "BOARDS", boards)
+    return export_c.export_c(agent, "planner", tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("changes", "measured", "why"),
+    [
+        ({"flags": ("-mcpu=none",)}, False, "arm-none-eabi-gcc fails: "),
+        ({"machine": "none-such"}, True, "qemu-system-arm fails: "),
+    ],
+)
+def test_without_a_proof_it_is_exported_and_says_why(
+    agent, tmp_path, monkeypatch, changes, measured, why
+):
+    done = exported(agent, tmp_path, monkeypatch, **changes)
+    assert done.proof is None and done.code_measured == measured
+    assert f"no proof in QEMU: {why}" in done.text() and "\n" not in done.text()
+    assert (done.folder / "weights.h").is_file()
+
+
+def test_instructions_are_counted_however_often_the_timer_begins_anew(
+    agent, folders, proofs, monkeypatch
+):
+    board = microcontroller.BOARDS[0]
+    monkeypatch.setattr(
+        microcontroller, "BOARDS", (replace(board, flags=(*board.flags, "-DTIMER_TOP=0x3ff")),)
+    )
+    (run,) = microcontroller.prove(folders["planner", "float32"].folder, agent).runs
+    once = proofs["float32"].runs[0]
+    assert run.million_instructions == pytest.approx(once.million_instructions, rel=0.02)
+    assert run.bits == once.bits
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_microcontroller_decides_as_this_machine(proofs, kind):
     """In QEMU: Cortex-M4F bit for bit, M7 within 1e-4."""

@@ -54,14 +54,15 @@ class CExport:
     weights_kb: float  # all constants of the agent, in units of 1000 bytes
     code_kb: float
     code_measured: bool  # else estimated, without a cross-compiler
-    proof: microcontroller.Proof | None  # in QEMU, where the tools are installed
+    proof: microcontroller.Proof | None  # in QEMU
+    unproven: str | None  # why there is none
 
     def text(self) -> str:
         """What it takes."""
         how = "" if self.code_measured else " (estimated)"
         size = f"weights {self.weights_kb:.1f} KB, code {self.code_kb:.1f} KB{how} on a Cortex-M4F"
         if self.proof is None:
-            return f"{size}; no proof in QEMU: {' or '.join(microcontroller.missing())} is missing"
+            return f"{size}; no proof in QEMU: {self.unproven}"
         return f"{size}\n{self.proof.text()}"
 
 
@@ -89,8 +90,12 @@ def export_c(
     if part == "policy":
         constants = {n: a for n, a in constants.items() if n.startswith(_POLICY)}
     weights_kb = sum(array.nbytes for array in constants.values()) / 1000
-    measured_kb = microcontroller.code_kb()
-    code_kb = measured_kb or microcontroller.ESTIMATED_CODE_KB
+    code_kb, proof, unproven = microcontroller.ESTIMATED_CODE_KB, None, None
+    try:
+        code_kb = microcontroller.code_kb()
+    except microcontroller.Unproven as error:
+        unproven = str(error)
+    measured = unproven is None
     if flash_kb is not None and weights_kb + code_kb > flash_kb:
         smaller = {"float32": "; weights=float16 halves them", "float16": "; int8 halves them"}
         raise UserError(
@@ -117,9 +122,12 @@ def export_c(
         for name in EXAMPLES:
             shutil.copy(build.SOURCES[0].with_name("example") / name, made)
         (made / "weights.h").write_text(header(agent, part, constants))
-        proof = microcontroller.prove(made, agent) if measured_kb else None
-        if proof:
-            description["microcontroller"] = proof.as_json()
+        if measured:
+            try:
+                proof = microcontroller.prove(made, agent)
+                description["microcontroller"] = proof.as_json()
+            except microcontroller.Unproven as error:
+                unproven = str(error)
         (made / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
         os.replace(made, folder)
     except OSError as error:
@@ -127,7 +135,7 @@ def export_c(
     finally:
         with suppress(OSError):
             shutil.rmtree(made)
-    return CExport(folder, check, weights_kb, code_kb, measured_kb is not None, proof)
+    return CExport(folder, check, weights_kb, code_kb, measured, proof, unproven)
 
 
 # --- Weights ---------------------------------------------------------------------------------

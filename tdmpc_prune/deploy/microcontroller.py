@@ -25,6 +25,10 @@ _TICK = 40  # instructions: 25 MHz of a processor that takes a nanosecond for ea
 _FLAGS = ("-O2", "-mthumb", "-mfloat-abi=hard", "-ffp-contract=off", "-fno-math-errno")
 
 
+class Unproven(Exception):
+    """Why a program was not tried in QEMU: a clause."""
+
+
 @dataclass(frozen=True)
 class Board:
     """A processor that QEMU emulates."""
@@ -100,10 +104,14 @@ def missing() -> list[str]:
     return [tool for tool in (COMPILER, EMULATOR) if not shutil.which(tool)]
 
 
-def code_kb() -> float | None:
-    """What the planner's code takes on a Cortex-M4F, in units of 1000 bytes; None: not known."""
-    if missing():
-        return None
+def code_kb() -> float:
+    """What the planner's code takes on a Cortex-M4F, in units of 1000 bytes.
+
+    Raises:
+        Unproven: a tool is not installed, or fails.
+    """
+    if tools := missing():
+        raise Unproven(f"{' or '.join(tools)} is missing")
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "planner.o"
         command = [COMPILER, "-std=c99", *_FLAGS, *BOARDS[0].flags, "-c", str(build.SOURCES[1])]
@@ -116,7 +124,7 @@ def prove(folder: Path, agent: Agent) -> Proof:
     """Run an exported folder on every board, and on this machine built as plainly.
 
     Raises:
-        OSError: a tool fails.
+        Unproven: a tool fails, as it does with what is too large or too slow for a board.
     """
     observations = np.random.default_rng(0).normal(
         size=(_DECISIONS, agent.model.widths.observation)
@@ -162,7 +170,7 @@ def _on(board: Board, folder: Path, work: Path) -> Run:
     numbers = [[int(word, 16) for word in words] for kind, *words in lines if kind == "decision"]
     stack = next((int(words[0], 16) for kind, *words in lines if kind == "stack"), None)
     if len(numbers) != _DECISIONS or stack is None:
-        raise OSError(0, f"{EMULATOR} did not run it to its end: {said.strip()[-80:]}")
+        raise Unproven(f"{EMULATOR} did not run it to its end: {' '.join(said.split())[-80:]}")
     instructions = _TICK * float(np.median([ticks for ticks, *_ in numbers])) / 1e6
     return Run(
         board.name,
@@ -230,9 +238,11 @@ def _sizes(binary: Path) -> tuple[int, int, int]:
 def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+    except OSError as error:
+        raise Unproven(f"{command[0]} cannot be run ({error.strerror})") from error
     except subprocess.TimeoutExpired as error:
-        raise OSError(0, f"{command[0]} takes longer than {_SECONDS} s") from error
+        raise Unproven(f"{command[0]} takes longer than {_SECONDS} s") from error
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or ["it says nothing"]
-        raise OSError(0, f"{command[0]} fails: {said[0]}")
+        raise Unproven(f"{Path(command[0]).name} fails: {said[0]}")
     return done.stdout + done.stderr  # QEMU writes to either

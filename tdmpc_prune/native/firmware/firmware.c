@@ -9,6 +9,9 @@
 
 #define REGISTER(address) (*(volatile uint32_t *)(address))
 #define PAINT 0xa5a5a5a5u
+#ifndef TIMER_TOP
+#define TIMER_TOP 0xffffffu /* from which SysTick counts down, again and again */
+#endif
 
 extern uint32_t data_from[], data_start[], data_end[], bss_start[], bss_end[], stack_end[];
 extern uint32_t stack_top[];
@@ -48,16 +51,25 @@ static void leave(void)
 }
 
 static agent_control control;
+static volatile uint32_t begun_anew; /* SysTick */
 
-static void run(void)
+static void timer(void)
+{
+    begun_anew++;
+}
+
+/* Not within reset(), which may use no floating point before it is on. */
+__attribute__((noinline)) static void run(void)
 {
     float action[AGENT_ACTION];
     for (int i = 0; i < TRIAL_DECISIONS; i++) {
-        REGISTER(0xe000e014) = 0xffffff;
+        begun_anew = 0;
+        REGISTER(0xe000e014) = TIMER_TOP;
         REGISTER(0xe000e018) = 0;
-        REGISTER(0xe000e010) = 5; /* the processor's clock, counting */
+        REGISTER(0xe000e010) = 7; /* the processor's clock, an interrupt at 0, counting */
         int status = agent_act(&control, trial_observations[i], action);
-        uint32_t ticks = 0xffffff - REGISTER(0xe000e018);
+        REGISTER(0xe000e010) = 6; /* stop, with the same clock */
+        uint32_t ticks = begun_anew * (TIMER_TOP + 1) + TIMER_TOP - REGISTER(0xe000e018);
         write(status == PLANNER_OK ? "decision " : "refused ");
         write_hex(ticks);
         write_floats(action, AGENT_ACTION);
@@ -94,5 +106,5 @@ static void fault(void)
 
 __attribute__((section(".vectors"), used)) static const void *const vectors[] = {
     stack_top, (const void *)reset, (const void *)fault, (const void *)fault,
-    (const void *)fault, (const void *)fault, (const void *)fault,
+    (const void *)fault, (const void *)fault, (const void *)fault, [15] = (const void *)timer,
 };
