@@ -1,7 +1,7 @@
 """Time an agent. `python scripts/benchmark.py --help` lists every setting."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from tdmpc_prune.command_line import run_command
@@ -34,11 +34,9 @@ def main(config: BenchmarkConfig, given: list[str]) -> None:
             raise UserError(f"'{config.checkpoint}' names no dense parent that is there")
         result = gain(agent, parent, config.episodes, config.seed, config.repeats)
         print(f"{agent.task}, {device}, {counted(config.threads, 'thread')}\n\n{result.text()}")
-        values = asdict(result) | {"times_faster": result.times_faster}
     else:
         result = benchmark(config.model, config.task, config.environments, config.repeats, device)
         print(result.table())
-        values = result.as_json()
     if config.checkpoint and (config.page or config.picture) and not result.candidates:
         print("\nnothing is drawn or added to a page: ways to decide are compared on the CPU")
         config = replace(config, picture=None, page=None)
@@ -51,7 +49,7 @@ def main(config: BenchmarkConfig, given: list[str]) -> None:
         write_file(page, add_to_page(page, line), "page")
         print(f"\na line was added to {page}")
     if config.json:
-        write_file(config.json, json.dumps(values, indent=1) + "\n", "json")
+        write_file(config.json, json.dumps(result.as_json(), indent=1) + "\n", "json")
         print(f"\nwritten to {config.json}")
 
 

@@ -55,6 +55,7 @@ def test_benchmark_as_typed(pruned_run, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == set(files.values())
     measured = json.loads((tmp_path / "speed.json").read_text())["candidates"]
     assert all(np.all(np.array(one["cold_cpu"]) > 0) for one in measured["found"])
+    assert measured["reached_hz"].keys() == {one["what"] for one in measured["found"]}
     for setting in files:
         refused = run("benchmark.py", *arguments, f"{setting}=nowhere/x", cwd=tmp_path)
         assert refused.returncode == 2 and f"{setting}=nowhere/x cannot" in refused.stderr

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ class Benchmark:
         ]
         return "\n".join([*lines, "", self.pruning.text()])
 
-    def as_json(self) -> dict:
+    def as_json(self) -> dict[str, Any]:
         measurements = [asdict(m) | {"times_floor": m.times_floor} for m in self.measurements]
         return asdict(self) | {"measurements": measurements}
 
@@ -193,9 +194,13 @@ class Gain:
         names = ["", f"{CPU_MS}, median", "95 %", "return", "episodes"]
         return (
             f"{table(rows, names)}\n\n"
-            f"{self.times_faster:.1f} times as fast{share if dense_return > 0 else ''}"
+            f"in PyTorch {self.times_faster:.1f} times as fast{share if dense_return > 0 else ''}"
             + (f"\n\n{self.candidates.text()}" if self.candidates else "")
         )
+
+    def as_json(self) -> dict[str, Any]:
+        candidates = self.candidates.as_json() if self.candidates else None
+        return asdict(self) | {"times_faster": self.times_faster, "candidates": candidates}
 
 
 def gain(agent: Agent, parent: Agent, episodes: int, seed: int, repeats: int) -> Gain:

@@ -1,7 +1,8 @@
 """Every way to decide with an agent, timed in turn: PyTorch, ONNX Runtime, C, and its dense parent.
 
-Cold: each decides once per round, the others between. Warm: blocks of ten decisions. CPU time of
-the deciding thread is what can be compared on a busy machine; wall time is what a robot sees.
+Cold: each decides once per round, the others between. Warm: blocks of ten decisions, of the dense
+parent one. CPU time of the deciding thread is what can be compared on a busy machine; wall time is
+what a robot sees.
 """
 
 from __future__ import annotations
@@ -104,10 +105,11 @@ class Candidates:
         """All of them on a scale of milliseconds, beside the usual control rates, as PNG."""
         figure = Figure(figsize=(9, 1.2 + 0.55 * len(self.found)), layout="constrained")
         axis = figure.subplots()
+        bar = {"color": "C0", "linewidth": 6, "solid_capstyle": "butt"}
         for place, one in enumerate(self.found):
             label = None if place else "cold: median, 95 %, worst"
             median, most = np.median(one.cold_cpu), np.percentile(one.cold_cpu, 95)
-            axis.plot([median, most], [place] * 2, "-", color="C0", linewidth=6, label=label)
+            axis.plot([median, most], [place] * 2, "-", label=label, **bar)
             axis.plot(max(one.cold_cpu), place, "|", color="C0", markersize=12)
             label = None if place else "warm: median"
             axis.plot(np.median(one.warm_cpu), place, "o", color="C1", label=label)
@@ -126,7 +128,7 @@ class Candidates:
         axis.set_yticks(range(len(self.found)), [one.what for one in self.found])
         axis.invert_yaxis()
         axis.set_xscale("log")
-        axis.set_xlabel(f"ms of CPU time per decision, one thread of a {self.machine}")
+        axis.set_xlabel(f"ms of CPU time per decision, one thread ({self.machine})")
         axis.grid(alpha=0.3, axis="x")
         figure.legend(loc="outside right upper", fontsize=7)
         return png(figure)
@@ -153,8 +155,9 @@ class Candidates:
 PAGE = """# Measured machines
 
 Milliseconds of CPU time per decision, one thread: cold (every candidate once per round); warm
-(blocks of ten). Medians, all of one row measured in turn. The floor is the agent's matrix products
-alone. Add your machine's row with
+(blocks of ten; the dense parent once). Medians, all of one row measured in turn; ONNX Runtime
+without the drawing of its noise. The floor is the agent's matrix products alone. Add your
+machine's row with
 
 ```sh
 python scripts/benchmark.py checkpoints/cartpole-swingup-fitted episodes=0 page=.readme/machines.md
@@ -223,7 +226,7 @@ def _timed(decide: Decide, count: int) -> tuple[float, float]:
 
 
 def _onnx(agent: Agent) -> Decide | None:
-    """A decision by ONNX Runtime with noise drawn as its example does; None: not installed."""
+    """A decision by ONNX Runtime, whose noise is not drawn anew; None: not installed."""
     inputs, _ = ports_of(agent, "planner")
     with tempfile.TemporaryDirectory() as folder:
         try:
