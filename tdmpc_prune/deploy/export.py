@@ -347,7 +347,7 @@ def _largest(ones: Tensor, others: Tensor) -> float:
 def description_of(
     agent: Agent, part: str, inputs: list[Port], outputs: list[Port], kind: str
 ) -> dict[str, Any]:
-    """What a program needs to know: of an `kind` export."""
+    """What a program needs to know; `kind` is what runs the export."""
     env = make_env(agent.task)
     seconds = simulator_step_seconds(env)
     layout = observation_layout(env)

@@ -72,18 +72,18 @@ def view(agent: Agent, seed: int, decisions: str = "auto") -> Iterator[str]:
         yield KEYS
         while viewer.is_open:
             viewer.reset_wanted = False
-            decisions: list[float] = []
+            took: list[float] = []  # ms
             for frame in episode(controller, env, agent.action_repeat, seed):
                 if (frame.env_steps - 1) % agent.action_repeat == 0:
-                    decisions.append(frame.decision_ms)
+                    took.append(frame.decision_ms)
                 viewer.show(step_seconds, _texts(frame, step_seconds, period))
                 if viewer.reset_wanted or not viewer.is_open:
                     break
-            late = sum(ms > period for ms in decisions)
+            late = sum(ms > period for ms in took)
             yield (
                 f"episode from seed {seed}: return {frame.episode_return:.1f} after "
                 f"{frame.env_steps * step_seconds:.1f} s{'' if frame.ended else ' (broken off)'}, "
-                f"{np.median(decisions):.1f} ms per decision, {late} of {len(decisions)} later "
+                f"{np.median(took):.1f} ms per decision, {late} of {len(took)} later "
                 f"than the control period of {period:g} ms"
             )
             seed += 1
@@ -110,7 +110,7 @@ def record(
     check_sizes(agent.model, env, agent.task)
     step_seconds = _step_seconds(env, agent.task)
     controller = Controller(agent, seed, observation_layout(env), decisions=decisions)
-    returns, decisions = [], 0
+    returns, decided = [], 0
     deciding = drawing = 0.0  # s
     env.reset(seed=seed)
     with (
@@ -121,7 +121,7 @@ def record(
             bar.set_description_str(f"filming episode {i + 1} of {episodes}")
             for frame in episode(controller, env, agent.action_repeat, seed + i):
                 if (frame.env_steps - 1) % agent.action_repeat == 0:
-                    decisions += 1
+                    decided += 1
                     deciding += frame.decision_ms / 1000
                 shot = time.perf_counter()
                 film.shoot()
@@ -130,7 +130,7 @@ def record(
                 bar.update()
             returns.append(frame.episode_return)
     env.close()
-    return Evaluation(returns, decisions, time.perf_counter() - began)
+    return Evaluation(returns, decided, time.perf_counter() - began)
 
 
 def _step_seconds(env: gymnasium.Env, task: str) -> float:
