@@ -30,7 +30,7 @@ class NetworkConfig:
 class PlannerConfig:
     """MPPI: what a decision costs and how it searches."""
 
-    horizon: int = setting(5, "latent steps that a plan looks ahead, in decisions")
+    horizon: int = setting(3, "latent steps that a plan looks ahead, in decisions")
     iterations: int = setting(6, "times that the sampling distribution is refitted per decision")
     samples: int = setting(256, "Gaussian action sequences per iteration")
     policy_fraction: float = setting(0.05, "policy trajectories, as a fraction of `samples`")
@@ -40,9 +40,13 @@ class PlannerConfig:
     min_std: float = setting(0.05, "smallest std of the sampling distribution, after its schedule")
     max_std: float = setting(2.0, "initial and largest std of the sampling distribution")
     start_std: float = setting(0.5, "smallest std at the start of training")
-    start_horizon: int = setting(1, "horizon at the start of training, in decisions")
+    start_horizon: int | None = setting(
+        None, "horizon at the start of training, in decisions; null takes `horizon`"
+    )
     schedule_decisions: int = setting(
-        4_000, "decisions over which the smallest std and the horizon move to their final values"
+        4_000,
+        "decisions over which the smallest std and the horizon move to their final values, counted "
+        "from when rewards are met",
     )
     policy_noise: float = setting(0.05, "std of the noise on policy actions inside the model")
     policy_noise_clip: float = setting(0.3, "that noise is cut off here")
@@ -50,14 +54,14 @@ class PlannerConfig:
     def __post_init__(self):
         for name in ("horizon", "iterations", "samples", "elites", "start_horizon"):
             value = getattr(self, name)
-            require(value >= 1, f"model.planner.{name}={value} must be at least 1")
+            require(value is None or value >= 1, f"model.planner.{name}={value} must be at least 1")
         require(
             self.elites <= self.samples,
             f"model.planner.elites={self.elites} cannot exceed "
             f"model.planner.samples={self.samples}",
         )
         require(
-            self.start_horizon <= self.horizon,
+            self.start_horizon is None or self.start_horizon <= self.horizon,
             f"model.planner.start_horizon={self.start_horizon} cannot exceed "
             f"model.planner.horizon={self.horizon}",
         )
@@ -85,7 +89,7 @@ class PlannerConfig:
 
     def horizon_at(self, decisions: int) -> int:
         """The horizon after so many decisions of training (linear schedule)."""
-        return int(self._scheduled(self.start_horizon, self.horizon, decisions))
+        return int(self._scheduled(self.start_horizon or self.horizon, self.horizon, decisions))
 
     def min_std_at(self, decisions: int) -> float:
         """The smallest std after so many decisions of training (linear schedule)."""
@@ -102,20 +106,27 @@ class LearningConfig:
 
     seed_decisions: int = setting(1_000, "random decisions before the agent learns or plans")
     updates_per_decision: float = setting(1.0, "gradient updates per decision of an episode")
-    batch: int = setting(256, "sequences per update")
+    batch: int = setting(128, "sequences per update")
     horizon: int = setting(5, "latent steps that an update unrolls, in decisions")
     learning_rate: float = setting(1e-3, "of both Adam optimisers")
     gradient_clip: float = setting(10.0, "largest norm of a gradient")
     discount: float = setting(0.99, "per decision")
+    td_lambda: float = setting(
+        0.0, "how far TD targets follow what was executed: 0 one decision, 1 the whole sequence"
+    )
     rho: float = setting(0.5, "weight of latent step t in the losses is rho^t")
     consistency_weight: float = setting(2.0, "of the latent consistency loss")
     reward_weight: float = setting(0.5, "of the reward loss")
     value_weight: float = setting(0.1, "of the TD loss")
-    target_rate: float = setting(0.01, "step of the target network towards the online one")
-    target_every: int = setting(2, "updates between two such steps")
+    target_rate: float = setting(0.02, "step of the target network towards the online one")
+    target_every: int = setting(1, "updates between two such steps")
     priority_exponent: float = setting(0.6, "alpha of prioritised replay; 0 samples uniformly")
     priority_correction: float = setting(0.4, "beta of prioritised replay")
     buffer_decisions: int = setting(1_000_000, "decisions that the replay buffer holds")
+    exploration: str = setting("pink", "noise on executed actions: pink (slow and fast), or white")
+    curiosity: float = setting(
+        0.3, "reward for what was rarely seen, until rewards are met; 0 is none"
+    )
 
     def __post_init__(self):
         for name in ("batch", "horizon", "target_every", "buffer_decisions"):
@@ -129,12 +140,19 @@ class LearningConfig:
         for name in ("learning_rate", "gradient_clip"):
             value = getattr(self, name)
             require(value > 0, f"model.learning.{name}={value} must be positive")
-        for name in ("discount", "rho", "target_rate", "priority_exponent", "priority_correction"):
+        for name in ("discount", "td_lambda", "rho", "target_rate"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"model.learning.{name}={value} must lie in [0, 1]")
-        for name in ("seed_decisions", "updates_per_decision"):
+        for name in ("priority_exponent", "priority_correction"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"model.learning.{name}={value} must lie in [0, 1]")
+        for name in ("seed_decisions", "updates_per_decision", "curiosity"):
             value = getattr(self, name)
             require(value >= 0, f"model.learning.{name}={value} cannot be negative")
+        require(
+            self.exploration in ("pink", "white"),
+            f"model.learning.exploration={self.exploration} must be pink or white",
+        )
 
 
 @dataclass(frozen=True)
@@ -151,8 +169,17 @@ PRESETS = {
     "paper": Choice(
         AgentConfig(
             NetworkConfig(encoder_width=256, latent_width=50, hidden_width=512, q_members=2),
-            PlannerConfig(samples=512, elites=64, schedule_decisions=25_000),
-            LearningConfig(seed_decisions=5_000, batch=512),
+            PlannerConfig(
+                horizon=5, start_horizon=1, samples=512, elites=64, schedule_decisions=25_000
+            ),
+            LearningConfig(
+                seed_decisions=5_000,
+                batch=512,
+                target_rate=0.01,
+                target_every=2,
+                exploration="white",
+                curiosity=0.0,
+            ),
         ),
         "as published, 512 wide and 512 samples",
     ),

@@ -154,6 +154,15 @@ class SequenceReplay:
         self._store_priorities(places, priorities[kept])
         self._added += length
 
+    def observations(self) -> np.ndarray:
+        """All that is held, `[N, O]`: where each decision led to."""
+        return self._next_observations[: len(self)]
+
+    def rewarded(self) -> float:
+        """The fraction of the decisions held whose reward is not what it usually is."""
+        rewards = self._rewards[: len(self)]
+        return float(np.mean(rewards != np.median(rewards))) if len(rewards) else 0.0
+
     def sample(
         self, size: int, rng: np.random.Generator, device: torch.device | str = "cpu"
     ) -> tuple[Batch, np.ndarray]:

@@ -21,9 +21,10 @@ from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.calibration import Pool, agent_calibration, draw_pool
 from tdmpc_prune.agent.computation import agent_computation
 from tdmpc_prune.agent.deciding import Deciding, choose, deciding
+from tdmpc_prune.agent.exploration import RANDOM_STD, Novelty, pink_noise
 from tdmpc_prune.agent.learner import Learner
 from tdmpc_prune.agent.planner import first_means, plan
-from tdmpc_prune.agent.replay import Episode, SequenceReplay
+from tdmpc_prune.agent.replay import Batch, Episode, SequenceReplay
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.envs import StepError, make_env
 from tdmpc_prune.envs.tasks import default_action_repeat
@@ -48,6 +49,8 @@ from tdmpc_prune.training.mending import mend
 from tdmpc_prune.words import counted, mean_and_std
 
 _CALIBRATION_STARTS = 1_500  # states that sequences start from: 60 000 rows at horizon 5
+_NOISE_BLOCK = 500  # decisions, for which noise is drawn at once
+_MET = 0.05  # of the decisions must have been rewarded, until rewards count as met
 _ENDS_AT_ONCE = 3  # episodes that must do so before a task is refused
 BROKEN_IN_A_ROW = 3  # episodes, after which a run does not go on
 
@@ -59,6 +62,8 @@ class Progress:
     env_steps: int = 0  # simulator steps of finished episodes
     decisions: int = 0
     episodes: int = 0
+    met: bool = False  # whether rewards have been met often enough to learn from
+    blind: int = 0  # decisions made before
     updates_due: float = 0.0  # earned by decisions, not yet made
     episodes_to_gather: int = 0  # played for the replay buffer alone, not counted as env steps
     broken_episodes: int = 0
@@ -109,6 +114,8 @@ class AgentTraining:
         self.episode: EpisodeInProgress | None = None
         self._lost: str | None = None  # why the episode in progress cannot be taken up
         self.means = self._first_means()
+        self._noise: np.ndarray | None = None  # [T, A] pink, of these decisions
+        self._novelty: Novelty | None = None  # as far as the last episode
         self.averages = Averages()
         around_cuts = min(config.prune.eval_episodes, config.eval_episodes)
         self.samples = (config.eval_episodes, around_cuts)
@@ -205,6 +212,8 @@ class AgentTraining:
         episode = self.episode
         if episode.planned:
             action = self._planned_action(episode.observations[-1])
+        elif learning.exploration == "pink":
+            action = np.clip(RANDOM_STD * self._noise_now(), -1, 1)
         else:
             action = self.rng.uniform(-1, 1, self.action_width).astype(np.float32)
         observation, reward, terminated, truncated, info = self.env.step(action)
@@ -223,6 +232,7 @@ class AgentTraining:
 
     def _planned_action(self, observation: np.ndarray) -> np.ndarray:
         config, decisions = self.config.model, self.progress.decisions
+        seen, pink = decisions - self.progress.blind, config.learning.exploration == "pink"
         self._deciding = self._deciding or deciding(
             self.choice.path, self.model, config, self.config.seed, self.generator, self._plan
         )
@@ -230,9 +240,9 @@ class AgentTraining:
             torch.from_numpy(observation).to(self.device).unsqueeze(0),
             self.means,
             decision=decisions,
-            horizon=config.planner.horizon_at(decisions),
-            min_std=config.planner.min_std_at(decisions),
-            explore=True,
+            horizon=config.planner.horizon_at(seen),
+            min_std=config.planner.min_std_at(seen),
+            explore=not pink,
         )
         self.means = decision.means.clone()
         self.averages.add(
@@ -241,7 +251,20 @@ class AgentTraining:
                 "planner/elite value": decision.value.mean().item(),
             }
         )
-        return decision.actions[0].cpu().numpy()
+        action = decision.actions[0].cpu().numpy()
+        if pink:
+            std = decision.std[0].cpu().numpy()
+            action = np.clip(action + std * self._noise_now(), -1, 1)
+        return action
+
+    def _noise_now(self) -> np.ndarray:
+        """Pink noise `[A]` for the next decision of the episode."""
+        done = len(self.episode.actions)
+        if self._noise is None or done % _NOISE_BLOCK == 0:
+            episode, block = self.progress.episodes, done // _NOISE_BLOCK
+            rng = np.random.default_rng([self.config.seed, episode, block])
+            self._noise = pink_noise(_NOISE_BLOCK, self.action_width, rng)
+        return self._noise[done % _NOISE_BLOCK]
 
     def _end_episode(
         self, terminated: bool, log: RunLog, broken: str | None = None
@@ -254,7 +277,7 @@ class AgentTraining:
             broken: why it was broken off before its next step, or even its first.
         """
         progress, episode = self.progress, self.episode or EpisodeInProgress([], planned=False)
-        self.episode = self._lost = self._deciding = None
+        self.episode = self._lost = self._deciding = self._noise = self._novelty = None
         progress.episodes += 1
         if episode.actions:
             self.replay.add(
@@ -265,6 +288,9 @@ class AgentTraining:
                     terminated,
                 )
             )
+            if not progress.met:
+                progress.met = self.replay.rewarded() >= _MET
+                progress.blind = progress.blind if progress.met else progress.decisions
         if progress.episodes_to_gather:
             if broken:
                 self._note_broken(log, broken, decisions=len(episode.actions))
@@ -289,8 +315,9 @@ class AgentTraining:
         scalars = {"training/return": episode_return, "training/decisions": progress.decisions}
         if episode.planned:
             planner = self.config.model.planner
-            scalars["planner/horizon"] = planner.horizon_at(progress.decisions)
-            scalars["planner/smallest std"] = planner.min_std_at(progress.decisions)
+            seen = progress.decisions - progress.blind
+            scalars["planner/horizon"] = planner.horizon_at(seen)
+            scalars["planner/smallest std"] = planner.min_std_at(seen)
         log.scalars(progress.env_steps, scalars | self.averages.take())
         log.progress(progress.env_steps, **{"return": f"{episode_return:.0f}"})
         return episode_return
@@ -306,7 +333,12 @@ class AgentTraining:
     def _update(self, log: RunLog) -> None:
         """One update from the replay buffer."""
         began = time.perf_counter()
-        batch, starts = self.replay.sample(self.config.model.learning.batch, self.rng, self.device)
+        learning = self.config.model.learning
+        batch, starts = self.replay.sample(learning.batch, self.rng, self.device)
+        if learning.curiosity and not self.progress.met:
+            batch = replace(
+                batch, rewards=batch.rewards + learning.curiosity * self._unknown(batch)
+            )
         metrics, priorities = self.learner.update(batch, self.generator)
         self.replay.set_priorities(starts, priorities)
         self.progress.updates_due -= 1
@@ -322,6 +354,12 @@ class AgentTraining:
             loss=f"{metrics['model loss']:.3g}",
             updates=f"{self.learner.updates} ({milliseconds:.0f} ms)",
         )
+
+    def _unknown(self, batch: Batch) -> Tensor:
+        """How little was known before this update of where a batch leads, `[H, B]` in (0, 1]."""
+        self._novelty = self._novelty or Novelty(self.replay.observations(), self.config.seed)
+        reached = batch.next_observations.cpu().numpy()
+        return torch.from_numpy(self._novelty(reached)).to(self.device)
 
     def gather(self, log: RunLog) -> bool:
         if self.progress.episodes_to_gather:
@@ -532,7 +570,7 @@ class AgentTraining:
         if values is not None:
             self.take_learner(saved.model, files["training"], values["updates"])
             self._load_replay(files)
-            for name in ("env_steps", "decisions", "episodes", "updates_due"):
+            for name in ("env_steps", "decisions", "met", "blind", "episodes", "updates_due"):
                 setattr(progress, name, values["progress"][name])
         else:
             targets = {f"target.{name}": w for name, w in load_target(saved).items()}
