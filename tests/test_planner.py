@@ -157,8 +157,9 @@ def test_actions_stay_in_bounds_with_exploration():
 
 
 def test_schedules_run_from_start_to_end():
-    config = PlannerConfig(horizon=5, schedule_decisions=100)
+    config = PlannerConfig(horizon=5, start_horizon=1, schedule_decisions=100)
     assert [config.horizon_at(d) for d in (0, 24, 25, 50, 99, 100, 1000)] == [1, 1, 2, 3, 4, 5, 5]
+    assert PlannerConfig(horizon=2).horizon_at(0) == 2  # no schedule unless it is asked for
     assert config.min_std_at(0) == 0.5
     assert config.min_std_at(50) == pytest.approx(0.275)
     assert config.min_std_at(1000) == pytest.approx(0.05)
@@ -168,7 +169,7 @@ def test_planning_macs_of_the_published_agent():
     """Counted by hand: cartpole observes 5 numbers and acts with 1."""
     network = NetworkConfig(encoder_width=256, latent_width=50, hidden_width=512)
     model = WorldModel(Widths.dense(network, 5, 1))
-    config = PlannerConfig(samples=512, elites=64)
+    config = PlannerConfig(horizon=5, samples=512, elites=64)
     head = 51 * 512 + 512 * 512 + 512
     dynamics = 51 * 512 + 512 * 512 + 512 * 50
     policy = 50 * 512 + 512 * 512 + 512
