@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tdmpc_prune.agent.config import LearningConfig, NetworkConfig, PlannerConfig
-from tdmpc_prune.agent.learner import Learner, NonFiniteLoss, model_loss, policy_loss, td_targets
+from tdmpc_prune.agent.learner import Learner, NonFiniteLoss, model_loss, policy_loss
 from tdmpc_prune.agent.replay import Batch
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tests.reference import PlainLearner
@@ -66,9 +66,7 @@ def test_updates_equal_the_plain_implementation(q_members):
             )
 
 
-@pytest.mark.parametrize("td_lambda", [0.0, 0.7])
-def test_what_lies_beyond_the_end_of_an_episode_changes_nothing(td_lambda):
-    config = replace(LEARNING, td_lambda=td_lambda)
+def test_what_lies_beyond_the_end_of_an_episode_changes_nothing():
     model, batch = make_model(), make_batch()
     target = copy.deepcopy(model)
     noise = torch.zeros(4, 12, 2)
@@ -81,30 +79,10 @@ def test_what_lies_beyond_the_end_of_an_episode_changes_nothing(td_lambda):
         next_observations=torch.where(beyond[..., None], 7.0, batch.next_observations),
         actions=torch.where(beyond[..., None], 0.5, batch.actions),
     )
-    before = model_loss(model, target, batch, noise, config)
-    after = model_loss(model, target, changed, noise, config)
+    before = model_loss(model, target, batch, noise, LEARNING)
+    after = model_loss(model, target, changed, noise, LEARNING)
     torch.testing.assert_close(before.total, after.total)
     torch.testing.assert_close(before.priorities, after.priorities)
-
-
-@pytest.mark.parametrize("td_lambda", [0.0, 0.6, 1.0])
-def test_td_targets_are_the_mean_of_all_returns_over_several_decisions(td_lambda):
-    """Weighted as TD(lambda) says; the sequence's or the episode's end takes what is left."""
-    batch, values = make_batch(), torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
-    config = replace(LEARNING, td_lambda=td_lambda)
-    targets = td_targets(batch, values, config)
-    for b in range(12):
-        for t in range(int(batch.valid[:, b].sum())):
-            steps, gathered, discount, returns = 0, 0.0, 1.0, []
-            while t + steps < 4 and batch.valid[t + steps, b]:
-                gathered += discount * batch.rewards[t + steps, b].item()
-                discount *= config.discount * (1 - batch.terminated[t + steps, b].item())
-                returns.append(gathered + discount * values[t + steps, b].item())
-                steps += 1
-            weights = [(1 - td_lambda) * td_lambda**n for n in range(len(returns))]
-            weights[-1] = td_lambda ** (len(returns) - 1)
-            expected = sum(w * r for w, r in zip(weights, returns, strict=True))
-            assert targets[t, b].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_termination_masks_the_td_target():

@@ -111,9 +111,6 @@ class LearningConfig:
     learning_rate: float = setting(1e-3, "of both Adam optimisers")
     gradient_clip: float = setting(10.0, "largest norm of a gradient")
     discount: float = setting(0.99, "per decision")
-    td_lambda: float = setting(
-        0.0, "how far TD targets follow what was executed: 0 one decision, 1 the whole sequence"
-    )
     rho: float = setting(0.5, "weight of latent step t in the losses is rho^t")
     consistency_weight: float = setting(2.0, "of the latent consistency loss")
     reward_weight: float = setting(0.5, "of the reward loss")
@@ -140,7 +137,7 @@ class LearningConfig:
         for name in ("learning_rate", "gradient_clip"):
             value = getattr(self, name)
             require(value > 0, f"model.learning.{name}={value} must be positive")
-        for name in ("discount", "td_lambda", "rho", "target_rate"):
+        for name in ("discount", "rho", "target_rate"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"model.learning.{name}={value} must lie in [0, 1]")
         for name in ("priority_exponent", "priority_correction"):

@@ -58,7 +58,8 @@ def model_loss(
         consistency_targets = target.encode(batch.next_observations)
         next_latents = model.encode(batch.next_observations)
         next_values = target.min_q(next_latents, model.act(next_latents, policy_noise))
-        targets = td_targets(batch, next_values, config)
+        alive = 1 - batch.terminated
+        td_targets = batch.rewards + config.discount * alive * next_values
 
     latents = torch.stack(model.rollout(model.encode(batch.observation), batch.actions))
     rewards = model.predict_reward(latents[:-1], batch.actions)
@@ -67,7 +68,7 @@ def model_loss(
     step_weights = rho_weights(config, batch.valid) * batch.valid  # [H, B]
     consistency = step_weights * (latents[1:] - consistency_targets).square().mean(-1)
     reward = step_weights * (rewards - batch.rewards).square()
-    td_errors = [q - targets for q in q_values]
+    td_errors = [q - td_targets for q in q_values]
     value = step_weights * sum(error.square() for error in td_errors)
     with torch.no_grad():
         priorities = (step_weights * sum(error.abs() for error in td_errors)).sum(0)
@@ -81,27 +82,6 @@ def model_loss(
         priorities.clamp(max=_LARGEST_LOSS),
         latents.detach(),
     )
-
-
-def td_targets(batch: Batch, next_values: Tensor, config: LearningConfig) -> Tensor:
-    """What Q is to be along the sequences, `[H, B]`: TD(lambda) (Sutton and Barto 2018, 12.3).
-
-    Args:
-        batch: of tensors.
-        next_values: `[H, B]`, of the policy where each decision led to.
-        config: for discount and lambda; with a lambda of 0 one-step targets, as published.
-    """
-    discounts = config.discount * (1 - batch.terminated)
-    targets = batch.rewards + discounts * next_values
-    if not config.td_lambda:
-        return targets
-    # What was executed next counts as far as the episode goes.
-    followed = config.td_lambda * batch.valid
-    returns = [targets[-1]]
-    for t in reversed(range(len(targets) - 1)):
-        gained = followed[t + 1] * (returns[0] - next_values[t])
-        returns.insert(0, targets[t] + discounts[t] * gained)
-    return torch.stack(returns)
 
 
 def policy_loss(
