@@ -137,10 +137,7 @@ class LearningConfig:
         for name in ("learning_rate", "gradient_clip"):
             value = getattr(self, name)
             require(value > 0, f"model.learning.{name}={value} must be positive")
-        for name in ("discount", "rho", "target_rate"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"model.learning.{name}={value} must lie in [0, 1]")
-        for name in ("priority_exponent", "priority_correction"):
+        for name in ("discount", "rho", "target_rate", "priority_exponent", "priority_correction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"model.learning.{name}={value} must lie in [0, 1]")
         for name in ("seed_decisions", "updates_per_decision", "curiosity"):
