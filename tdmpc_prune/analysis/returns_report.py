@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections import defaultdict
 from pathlib import Path
@@ -23,7 +24,6 @@ from tdmpc_prune.words import table as markdown
 OURS = "this project"
 ROWS = (25_000, 50_000, 100_000)  # env steps; the last only where ours got there
 END = 100_000  # env steps that are drawn
-_COLUMNS = 3  # of the picture
 _NONE = "–"
 _STYLE = {  # colour and marker of each agent
     OURS: ("C0", "o"),
@@ -48,29 +48,47 @@ def page(found: list[TaskReturns], without: list[Path], out: str, command: str) 
     """
     name = Path(out).name
     alone = [own.task for own in found if not own.published]
+    shown = _shown_agents(found)
+    stated = [f.agent for own in found for f in own.published if f.spread_kind]
+    parts = [
+        "# Returns beside the published ones",
+        "What dense agents of this project return, seed by seed, beside what others have "
+        "published at as many env steps (simulator steps, action repeat included).",
+        f"![Return against env steps, by task]({name}.png)",
+        "Ours: mean over seeds, band from the lowest to the highest, hollow where fewer seeds got "
+        "there than were run. "
+        + (f"{CURVE}: mean ± std, dotted before its first update. " if CURVE in shown else "")
+        + "Of others there are single points.",
+        table(found),
+        "Returns are undiscounted, 0 to 1000 on the suite's tasks; ours are means over seeds of "
+        f"means over episodes. An evaluation counts at up to {EQUAL} env steps from its row.",
+    ]
+    if shown:
+        parts.append(
+            "Published figures are given where they were measured, none is interpolated. ± is the "
+            f"standard deviation over seeds for {', '.join(dict.fromkeys(stated))}; of others "
+            "neither its kind nor the number of seeds is on file. Simulators differ in version."
+        )
+    if alone:
+        parts.append(f"Nothing published is on file of {', '.join(alone)}.")
+    parts += [
+        *left_out(without),
+        "## What the agents do before their first update",
+        agents_table(found),
+    ]
+    if shown:
+        sources = "; ".join(f"{agent} {AGENTS[agent].source}" for agent in shown)
+        parts.append(
+            f"What an empty cell would say was not found. From {sources}. {CURVE}'s and TD-MPC2's "
+            "results are MIT licensed, copyright 2021 and 2023 Nicklas Hansen."
+        )
     return "\n\n".join(
         [
-            "# Returns beside the published ones",
-            "What dense agents of this project return, seed by seed, beside what others have "
-            "published at as many env steps (simulator steps, action repeat included).",
-            f"![Return against env steps, by task]({name}.png)",
-            "Ours: mean over the seeds, from the lowest to the highest; hollow where fewer seeds "
-            f"got there than elsewhere. {CURVE}: mean ± standard deviation, dotted before its "
-            "first update. Others: single points ±.",
-            table(found),
-            "Returns are undiscounted, 0 to 1000 on the suite's tasks. Ours: mean over seeds of "
-            f"each one's episodes; an evaluation counts up to {EQUAL} env steps away. Published "
-            "figures only at points that were measured, none interpolated; ± of "
-            f"{_agents_with_std(found)} is the standard deviation over seeds; of what that of "
-            "others is, is not known. Simulators differ in their versions.",
-            *(f"Nothing is on file of others on {', '.join(alone)}." for _ in alone[:1]),
-            *left_out(without),
-            "## What the agents do before their first update",
-            agents_table(found),
-            f"An empty cell was not found. Sources: {'; '.join(_sources(found))}. Every "
-            f"evaluation and every published figure with its source: [`{name}.csv`]({name}.csv).",
+            *parts,
+            f"Every evaluation, and every published figure with its source: [`{name}.csv`]"
+            f"({name}.csv).",
             "## Made with",
-            "The runs, each with the command that began it:",
+            "Runs by the commands that began them, and this page:",
             "```sh\n" + "\n".join([*_commands(found), command]) + "\n```",
         ]
     )
@@ -129,11 +147,6 @@ def _curve_at(own: TaskReturns, env_steps: int) -> str:
     )
 
 
-def _agents_with_std(found: list[TaskReturns]) -> str:
-    own = {f.agent: None for task in found for f in task.published if f.spread_kind}
-    return ", ".join(own) or CURVE
-
-
 def agents_table(found: list[TaskReturns]) -> str:
     """Action repeat, beginning and updates of ours and of each published agent shown."""
     alike: dict[tuple[int, float], list[TaskReturns]] = defaultdict(list)
@@ -170,11 +183,6 @@ def by_task(values: dict[str, str]) -> str:
 def _shown_agents(found: list[TaskReturns]) -> list[str]:
     shown = {figure.agent for own in found for figure in own.published}
     return [name for name in AGENTS if name in shown]
-
-
-def _sources(found: list[TaskReturns]) -> list[str]:
-    """Of how the agents act, and the repositories of the figures."""
-    return [f"{name} {AGENTS[name].source}" for name in _shown_agents(found)]
 
 
 def _commands(found: list[TaskReturns]) -> list[str]:
@@ -214,8 +222,8 @@ def as_csv(found: list[TaskReturns]) -> str:
 
 def picture(found: list[TaskReturns]) -> bytes:
     """A panel for each task: our curve and its band over the published ones, as PNG."""
-    columns = min(len(found) + 1, _COLUMNS)  # one place is the legend's
-    rows = -(-(len(found) + 1) // columns)
+    columns = math.ceil(math.sqrt(len(found) + 1))  # one place is the legend's
+    rows = math.ceil((len(found) + 1) / columns)
     drawing = Drawing(figsize=(4 * columns, 3.2 * rows), layout="constrained")
     places = list(drawing.subplots(rows, columns, squeeze=False).flat)
     for axis, own in zip(places, found, strict=False):
@@ -232,7 +240,6 @@ def picture(found: list[TaskReturns]) -> bytes:
         places[row * columns].set_ylabel("return", fontsize=9)
     for axis in places[len(found) :]:
         axis.axis("off")
-        axis.set_ylabel("")
     handles = [_handle(name) for name in (OURS, *_shown_agents(found))]
     places[len(found)].legend(handles=handles, loc="center", frameon=False)
     return png(drawing)
