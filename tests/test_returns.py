@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import tomllib
 
 import pytest
@@ -178,15 +179,23 @@ def test_runs_without_an_evaluation_make_no_page(tmp_path):
     assert not (tmp_path / "compare.md").exists()
 
 
-def test_commands_that_differ_in_the_seed_alone_are_one_loop(tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["seed={}", "run_dir=/y/{}"], "for seed in 1 2 5; do {} seed=$seed; done"),
+        (["seed=1,2,5", "-m"], "{} seed=1,2,5 -m"),
+    ],
+)
+def test_commands_that_differ_in_the_seed_alone_are_one_line(tmp_path, arguments, line):
     for seed in (1, 2, 5):
         folder = dense(tmp_path / str(seed), "cheetah-run", seed, {5_000: [1.0]})
-        described = (folder / "run.json").read_text()
-        command = f'["/x/train.py", "task=cheetah-run", "seed={seed}", "run_dir=/y/{seed}"]'
-        (folder / "run.json").write_text(described.replace('["train.py"]', command))
+        described = json.loads((folder / "run.json").read_text())
+        words = [argument.format(seed) for argument in arguments]
+        described["command"] = ["/x/train.py", "task=cheetah-run", *words]
+        (folder / "run.json").write_text(json.dumps(described))
     page = returns_report.page(*returns.read(compare.find_runs([tmp_path])), "here", "this")
-    loop = "for seed in 1 2 5; do python scripts/train.py task=cheetah-run seed=$seed; done"
-    assert f"```sh\n{loop}\nthis\n```" in page
+    made = line.format("python scripts/train.py task=cheetah-run")
+    assert f"```sh\n{made}\nthis\n```" in page
 
 
 def test_every_published_figure_is_whole():

@@ -191,14 +191,17 @@ def _commands(found: list[TaskReturns]) -> list[str]:
     for own in found:
         for run in own.runs:
             words = shlex.split(RunFolder(run.folder).command())
+            if {"-m", "--multirun"} & set(words):  # a sweep, which began them all
+                seeds[shlex.join(words)] = []
+                continue
             rest = [word for word in words if not word.startswith(("seed=", "run_dir="))]
             seeds[shlex.join(rest)].append(run.seed)
-    return [
-        f"{command} seed={own[0]}"
-        if len(own) == 1
-        else f"for seed in {' '.join(map(str, own))}; do {command} seed=$seed; done"
-        for command, own in seeds.items()
-    ]
+    lines = []
+    for command, own in seeds.items():
+        if len(own) > 1:
+            command = f"for seed in {' '.join(map(str, own))}; do {command} seed=$seed; done"
+        lines.append(f"{command} seed={own[0]}" if len(own) == 1 else command)
+    return lines
 
 
 def as_csv(found: list[TaskReturns]) -> str:
