@@ -116,6 +116,8 @@ def test_a_wheel_trains_evaluates_and_exports_outside_of_the_checkout(tmp_path, 
     assert f"tdmpc-prune evaluate checkpoint={run.relative_to(work)}" in said
     said = sh(bin / "tdmpc-prune", "evaluate", run, "episodes=1", cwd=work)
     assert "return (mean ± std)" in said
+    sh(bin / "tdmpc-prune", "compare", run, "--published", "--out", "returns", cwd=work)
+    assert (work / "returns.csv").is_file()
     sh(bin / "tdmpc-prune", "export", run, "part=policy", "out=policy.onnx", cwd=work)
     assert (work / "policy.onnx.json").is_file()
     said = sh(bin / "tdmpc-prune", "run_exported", "policy.onnx", "1", cwd=work)

@@ -68,11 +68,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 
 def read(run_dirs: list[Path]) -> tuple[list[Measured], list[Path]]:
     """Every measurement of the runs, and the runs that have none yet."""
-    # Read through the schema, so that settings which older releases did not have are filled in.
-    settings = {
-        run_dir: to_plain(from_plain(TrainConfig, RunFolder(run_dir).settings()))
-        for run_dir in run_dirs
-    }
+    settings = {run_dir: to_plain(settings_of(run_dir)) for run_dir in run_dirs}
     arms = _arms(settings)
     measured, without = [], []
     for run_dir in run_dirs:
@@ -81,6 +77,16 @@ def read(run_dirs: list[Path]) -> tuple[list[Measured], list[Path]]:
         if not own:
             without.append(run_dir)
     return measured, without
+
+
+def left_out(without: list[Path]) -> list[str]:
+    """A line for each run that is not shown."""
+    return [f"left out: '{run}' has not been evaluated yet" for run in without]
+
+
+def settings_of(run_dir: Path) -> TrainConfig:
+    """A run's settings; those that older releases did not have are filled in."""
+    return from_plain(TrainConfig, RunFolder(run_dir).settings())
 
 
 def _read_one(run_dir: Path, settings: dict[str, Any], arm: str) -> Iterable[Measured]:
