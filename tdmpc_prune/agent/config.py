@@ -105,17 +105,17 @@ class LearningConfig:
     """The replay buffer and the update."""
 
     seed_decisions: int = setting(1_000, "random decisions before the agent learns or plans")
-    updates_per_decision: float = setting(1.0, "gradient updates per decision of an episode")
-    batch: int = setting(128, "sequences per update")
-    horizon: int = setting(5, "latent steps that an update unrolls, in decisions")
+    updates_per_decision: float = setting(4.0, "gradient updates per decision of an episode")
+    batch: int = setting(64, "sequences per update")
+    horizon: int = setting(3, "latent steps that an update unrolls, in decisions")
     learning_rate: float = setting(1e-3, "of both Adam optimisers")
     gradient_clip: float = setting(10.0, "largest norm of a gradient")
     discount: float = setting(0.99, "per decision")
     rho: float = setting(0.5, "weight of latent step t in the losses is rho^t")
     consistency_weight: float = setting(2.0, "of the latent consistency loss")
     reward_weight: float = setting(0.5, "of the reward loss")
-    value_weight: float = setting(0.1, "of the TD loss")
-    target_rate: float = setting(0.02, "step of the target network towards the online one")
+    value_weight: float = setting(0.002, "of the TD loss, whose errors are large")
+    target_rate: float = setting(0.01, "step of the target network towards the online one")
     target_every: int = setting(1, "updates between two such steps")
     priority_exponent: float = setting(0.6, "alpha of prioritised replay; 0 samples uniformly")
     priority_correction: float = setting(0.4, "beta of prioritised replay")
@@ -168,8 +168,10 @@ PRESETS = {
             ),
             LearningConfig(
                 seed_decisions=5_000,
+                updates_per_decision=1.0,
                 batch=512,
-                target_rate=0.01,
+                horizon=5,
+                value_weight=0.1,
                 target_every=2,
                 exploration="white",
                 curiosity=0.0,
