@@ -8,7 +8,7 @@ tensors need not tell.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.native.learner import Adam, Losses, MovingAverage
 
 Trained = Mapping[str, list[tuple[str, Tensor]]]  # loss → the parameters that it trains, by name
+
+_ADAM = ("exp_avg", "exp_avg_sq", "step")  # what `torch.optim.Adam` keeps of a parameter
 
 
 class FusedUpdate:
@@ -38,8 +40,11 @@ class FusedUpdate:
         self._library, self._config = library, config
         self._model, self._target = model, target
         self._trained, self._optimisers = trained, optimisers
+        self._pairs = list(zip(target.parameters(), model.parameters(), strict=True))
+        self._weights = [tensor for pair in self._pairs for tensor in pair]
+        self._known: dict[str, list] = {}  # where tensors lay when they were described to C
         self._gradients: dict[str, Tensor] = {}  # of each loss, all in one
-        self._known: dict[str, tuple] = {}  # where tensors lay when they were described to C
+        self._slopes: dict[str, list[Tensor]] = {}  # its parts, in the shapes of the parameters
         self._losses: Losses | None = None
         self._average: MovingAverage | None = None
         self._adam: dict[str, Adam] = {}
@@ -75,18 +80,21 @@ class FusedUpdate:
         """The step of a loss's optimiser."""
         optimiser = self._optimisers[loss]
         (group,) = optimiser.param_groups
-        parts = []
-        for _, parameter in self._trained[loss]:
-            state = optimiser.state[parameter]
+        parameters = [parameter for _, parameter in self._trained[loss]]
+        states = [optimiser.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
             if not state:  # as it begins
                 state["step"] = torch.zeros(())
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros(2, *parameter.shape)
-            moments = (state[key] for key in ("exp_avg", "exp_avg_sq", "step"))
-            parts.append((parameter, parameter.grad, *moments))
-        if self._moved(loss, [part for own in parts for part in own]):
-            self._adam[loss] = Adam(
-                self._library, [[_array(part) for part in own] for own in parts]
-            )
+        moments = [state[key] for state in states for key in _ADAM]
+        if self._moved(loss, [*parameters, *(p.grad for p in parameters), *moments]):
+            for state in states:
+                state.update({key: state[key].contiguous() for key in _ADAM})
+            parts = [
+                [parameter, parameter.grad, *(state[key] for key in _ADAM)]
+                for parameter, state in zip(parameters, states, strict=True)
+            ]
+            self._adam[loss] = Adam(self._library, [[*map(_array, own)] for own in parts])
         self._adam[loss].step(group["lr"], group["betas"], group["eps"])
 
     def move_target(self) -> None:
@@ -95,52 +103,39 @@ class FusedUpdate:
 
     def _describe(self, horizon: int, size: int) -> None:
         """Tell C where all weights lie, unless it knows."""
-        pairs = list(zip(self._target.parameters(), self._model.parameters(), strict=True))
-        tensors = [tensor for pair in pairs for tensor in pair]
-        if not self._moved("weights", tensors, horizon, size):
+        if not self._moved("weights", self._weights, horizon, size):
             return
-        for tensor in tensors:
+        for tensor in self._weights:
             tensor.data = tensor.data.contiguous()
-        self._average = MovingAverage(self._library, [(_array(t), _array(m)) for t, m in pairs])
-        self._gradients = {
-            loss: torch.zeros(sum(parameter.numel() for _, parameter in parameters))
-            for loss, parameters in self._trained.items()
-        }
-        slopes = {
-            name: slope
-            for loss, parameters in self._trained.items()
-            for (name, _), slope in zip(parameters, self._slopes(loss), strict=True)
-        }
-        self._losses = Losses(
-            self._library,
-            *(_arrays(dict(net.named_parameters())) for net in (self._model, self._target)),
-            _arrays(slopes),
-            self._config,
-            horizon,
-            size,
-        )
-        self._moved("weights", tensors, horizon, size)
+        pairs = [(_array(target), _array(weight)) for target, weight in self._pairs]
+        self._average = MovingAverage(self._library, pairs)
+        named: dict[str, Tensor] = {}
+        for loss, parameters in self._trained.items():
+            sizes = [parameter.numel() for _, parameter in parameters]
+            self._gradients[loss] = torch.zeros(sum(sizes))
+            parts = self._gradients[loss].split(sizes)
+            both = list(zip(parameters, parts, strict=True))
+            self._slopes[loss] = [part.view(p.shape) for (_, p), part in both]
+            named |= {name: part.view(p.shape) for (name, p), part in both}
+        networks = (dict(net.named_parameters()) for net in (self._model, self._target))
+        arrays = [_arrays(tensors) for tensors in (*networks, named)]
+        self._losses = Losses(self._library, *arrays, self._config, horizon, size)
 
     def _moved(self, what: str, tensors: list[Tensor], *sizes: int) -> bool:
         """Whether some lie elsewhere, or otherwise, than they last did."""
-        places = (*((t.data_ptr(), t.shape, t.stride()) for t in tensors), *sizes)
+        places = [(t.data_ptr(), t.shape, t.is_contiguous()) for t in tensors]
+        places += sizes
         before, self._known[what] = self._known.get(what), places
         return before != places
-
-    def _slopes(self, loss: str) -> Iterable[Tensor]:
-        """The parts of a loss's gradient, in the shapes of the parameters that it trains."""
-        parameters = [parameter for _, parameter in self._trained[loss]]
-        parts = self._gradients[loss].split([parameter.numel() for parameter in parameters])
-        return (part.view_as(p) for part, p in zip(parts, parameters, strict=True))
 
     def _take_gradients(self, loss: str) -> float:
         """Clip, put the parts where they belong, and return the norm."""
         gradient = self._gradients[loss]
-        norm = torch.linalg.vector_norm(gradient)
-        gradient.mul_((self._config.gradient_clip / (norm + 1e-6)).clamp(max=1))
-        for (_, parameter), slope in zip(self._trained[loss], self._slopes(loss), strict=True):
+        norm = torch.linalg.vector_norm(gradient).item()
+        gradient *= min(1.0, self._config.gradient_clip / (norm + 1e-6))
+        for (_, parameter), slope in zip(self._trained[loss], self._slopes[loss], strict=True):
             parameter.grad = slope
-        return norm.item()
+        return norm
 
 
 def _array(tensor: Tensor) -> np.ndarray:
