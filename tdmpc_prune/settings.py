@@ -20,8 +20,8 @@ PROGRAM = "tdmpc-prune"
 
 RUN_OR_CHECKPOINT = "a run's folder (its newest checkpoint), or a checkpoint"
 DECISIONS = (
-    "native (the planner in C, compiled at first use), torch, or auto: native where it is the "
-    "faster one"
+    "native (the planner in C, compiled at first use; in training the updates too), torch, or "
+    "auto: native where it is the faster one"
 )
 
 

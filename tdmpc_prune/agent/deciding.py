@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tdmpc_prune.agent.config import AgentConfig, PlannerConfig
+from tdmpc_prune.agent.learner import unavailable as cannot_learn
 from tdmpc_prune.agent.planner import (
     Decision,
     PlannerNoise,
@@ -48,13 +49,14 @@ class Choice:
         return f"decisions by {WHO[self.path]}{because}"
 
 
-def choose(decisions: str, widths: Widths, device: torch.device) -> Choice:
+def choose(decisions: str, widths: Widths, device: torch.device, learning: bool = False) -> Choice:
     """Who decides on this machine.
 
     Args:
         decisions: "auto", "native" or "torch".
         widths: of the networks, before they are cut.
         device: on which they lie.
+        learning: they learn too, on the same path.
 
     Raises:
         UserError: the C planner was asked for and cannot decide here.
@@ -64,7 +66,7 @@ def choose(decisions: str, widths: Widths, device: torch.device) -> Choice:
     because = None
     if device.type != "cpu":
         because = f"the networks are on {device.type}"
-    elif reason := unavailable():
+    elif reason := unavailable() or (cannot_learn() if learning else None):
         because = reason
     elif decisions == "auto" and library().planner_width() <= NARROW:
         widest = max(widths.dynamics + widths.reward + widths.policy + widths.q_ensemble[0])

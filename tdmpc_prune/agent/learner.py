@@ -2,7 +2,8 @@
 
 Rolls the latent dynamics out over a sequence, then evaluates reward, Q, policy and target networks
 once for all its steps. The losses are functions of tensors, so that they can be compiled; `Learner`
-adds what changes from update to update: optimisers, target network, counters.
+adds what changes from update to update: optimisers, target network, counters. On the native path
+the same losses, their gradients and Adam are computed in C (`fused.py`), to rounding.
 
 Shapes: B sequences of H decisions, D latent width, A action width.
 """
@@ -10,6 +11,7 @@ Shapes: B sequences of H decisions, D latent width, A action width.
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 from dataclasses import dataclass
 
@@ -18,12 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from tdmpc_prune.agent.config import LearningConfig, PlannerConfig
+from tdmpc_prune.agent.fused import FusedUpdate
 from tdmpc_prune.agent.replay import Batch
-from tdmpc_prune.agent.world_model import WorldModel
+from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.errors import NonFiniteLoss
+from tdmpc_prune.native import build
 from tdmpc_prune.prunable import GradientHook
 
 _LARGEST_LOSS = 1e4  # each loss term of a sequence, and its priority, is cut off here
+_TOLERANCE = 1e-4  # largest difference to PyTorch, relative to a tensor's largest element
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,24 @@ class Learner:
     are in `.grad`, scaled and clipped as the optimiser will see them.
     """
 
-    def __init__(self, model: WorldModel, planner: PlannerConfig, config: LearningConfig):
+    def __init__(
+        self,
+        model: WorldModel,
+        planner: PlannerConfig,
+        config: LearningConfig,
+        path: str = "torch",
+    ):
+        """Learn with `model`.
+
+        Args:
+            model: the networks; nothing has been learnt of them yet.
+            planner: for the policy's noise.
+            config: of learning.
+            path: "torch", or "native": in C, on the CPU.
+
+        Raises:
+            Unavailable: see `library`.
+        """
         self.config = config
         self.model = model
         self.target = copy.deepcopy(model).requires_grad_(False)
@@ -143,6 +165,7 @@ class Learner:
         if self.device.type == "cuda":  # captured as CUDA graphs
             self._model_loss = torch.compile(model_loss, mode="reduce-overhead")
             self._policy_loss = torch.compile(policy_loss, mode="reduce-overhead")
+        self._fused = self._fused_by(library()) if path == "native" else None
 
     @property
     def device(self) -> torch.device:
@@ -174,34 +197,54 @@ class Learner:
         )
         noise = (self._noise_std * noise).clamp(-self._noise_clip, self._noise_clip)
 
-        if self.device.type == "cuda":  # what the last update's graphs returned is done with
-            torch.compiler.cudagraph_mark_step_begin()
-        losses = self._model_loss(self.model, self.target, batch, noise[:horizon], self.config)
-        model_norm = self._backward("model_loss", losses.total / horizon)
-        metrics = self._checked(
-            {
-                "consistency loss": losses.consistency,
-                "reward loss": losses.reward,
-                "value loss": losses.value,
-                "model loss": losses.total,
-                "model gradient norm": model_norm,
-            }
-        )
+        terms, priorities, latents = self._model_gradients(batch, noise[:horizon])
+        metrics = self._checked(terms)
         self._step("model_loss", learn)
-
-        # A latent belongs to its episode if the decision that led to it does.
-        valid = torch.cat([torch.ones_like(batch.valid[:1]), batch.valid])
-        loss = self._policy_loss(self.model, losses.latents, valid, noise[horizon:], self.config)
-        policy_norm = self._backward("policy_loss", loss)
-        metrics |= self._checked({"policy loss": loss, "policy gradient norm": policy_norm})
+        metrics |= self._checked(self._policy_gradients(batch, latents, noise[horizon:]))
         self._step("policy_loss", learn)
 
         if not learn:
-            return metrics, losses.priorities.cpu().numpy()
+            return metrics, priorities
         self.updates += 1
         if self.updates % self.config.target_every == 0:
-            move_target(self.target, self.model, self.config.target_rate)
-        return metrics, losses.priorities.cpu().numpy()
+            if self._fused:
+                self._fused.move_target()
+            else:
+                move_target(self.target, self.model, self.config.target_rate)
+        return metrics, priorities
+
+    def _model_gradients(
+        self, batch: Batch, noise: Tensor
+    ) -> tuple[dict[str, float], np.ndarray, Tensor | None]:
+        """Fill the gradients of the model's loss: its terms, priorities, and `ModelLosses.latents`.
+
+        The C program keeps those itself.
+        """
+        names = ("consistency loss", "reward loss", "value loss", "model loss")
+        if self._fused:
+            terms, norm, priorities = self._fused.model_loss(batch, noise)
+            named = dict(zip(names, terms.tolist(), strict=True))
+            return named | {"model gradient norm": norm}, priorities, None
+        if self.device.type == "cuda":  # what the last update's graphs returned is done with
+            torch.compiler.cudagraph_mark_step_begin()
+        losses = self._model_loss(self.model, self.target, batch, noise, self.config)
+        norm = self._backward("model_loss", losses.total / len(batch.rewards))
+        terms = (losses.consistency, losses.reward, losses.value, losses.total, norm)
+        values = dict(zip((*names, "model gradient norm"), _values(*terms), strict=True))
+        return values, losses.priorities.cpu().numpy(), losses.latents
+
+    def _policy_gradients(
+        self, batch: Batch, latents: Tensor | None, noise: Tensor
+    ) -> dict[str, float]:
+        """Fill the gradients of the policy's loss: its terms."""
+        if self._fused:
+            values = self._fused.policy_loss(batch, noise)
+        else:
+            # A latent belongs to its episode if the decision that led to it does.
+            valid = torch.cat([torch.ones_like(batch.valid[:1]), batch.valid])
+            loss = self._policy_loss(self.model, latents, valid, noise, self.config)
+            values = _values(loss, self._backward("policy_loss", loss))
+        return dict(zip(("policy loss", "policy gradient norm"), values, strict=True))
 
     def _backward(self, name: str, loss: Tensor) -> Tensor:
         """Fill the gradients of the parameters that a loss trains, clip, and return their norm."""
@@ -212,17 +255,24 @@ class Learner:
         return nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
 
     @staticmethod
-    def _checked(terms: dict[str, Tensor]) -> dict[str, float]:
-        values = torch.stack([term.detach() for term in terms.values()]).tolist()
-        for term, value in zip(terms, values, strict=True):
+    def _checked(terms: dict[str, float]) -> dict[str, float]:
+        for term, value in terms.items():
             if not math.isfinite(value):
                 raise NonFiniteLoss(term, value)
-        return dict(zip(terms, values, strict=True))
+        return terms
+
+    def _fused_by(self, library: ctypes.CDLL) -> FusedUpdate:
+        parts = (self.model, self.target, self._trained, self.optimisers, self.config)
+        return FusedUpdate(library, *parts)
 
     def _step(self, loss: str, learn: bool) -> None:
         for hook in self.gradient_hooks:
             hook(loss, self._trained[loss])
-        if learn:
+        if not learn:
+            return
+        if self._fused:
+            self._fused.step(loss)
+        else:
             self.optimisers[loss].step()
 
     def state(self) -> dict[str, Tensor]:
@@ -247,3 +297,79 @@ class Learner:
                     if f"adam.{key}.{name}" in tensors:
                         value = tensors[f"adam.{key}.{name}"].to(parameter.device)
                         self.optimisers[loss].state[parameter][key] = value
+
+
+def library() -> ctypes.CDLL:
+    """The compiled losses. Raises Unavailable: see `build.library`."""
+    return build.library(_difference, build.LEARNER)
+
+
+def unavailable() -> str | None:
+    """Why updates in C cannot be had on this machine; None if they can."""
+    try:
+        library()
+    except build.Unavailable as error:
+        return str(error)
+    return None
+
+
+def _values(*terms: Tensor) -> list[float]:
+    return torch.stack([term.detach() for term in terms]).tolist()
+
+
+def _difference(loaded: ctypes.CDLL) -> str | None:
+    """What is wrong with losses that were just compiled: they must be as PyTorch's."""
+    generator = torch.Generator().manual_seed(0)
+    widths = Widths(5, 2, 7, (19,), (23, 9), (8, 11), (13, 6), ((10, 17), (12, 5)))
+    config, steps, size = LearningConfig(gradient_clip=0.5), 3, 43
+    model = WorldModel(widths, generator)
+    with torch.no_grad():
+        for parameter in model.parameters():  # heads that start at zero tell nothing
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    ours, theirs = (Learner(copy.deepcopy(model), PlannerConfig(), config) for _ in range(2))
+    theirs._fused = theirs._fused_by(loaded)
+    gradients: dict[str, Tensor] = {}
+    wrong = [0.0]
+
+    def compare(one: Tensor, other: Tensor) -> None:
+        gap = (one - other).abs().max() / one.abs().max().clamp(min=1e-3)
+        wrong.append(float(gap.nan_to_num(nan=math.inf)))
+
+    def remember(_: str, parameters: list[tuple[str, Tensor]]) -> None:
+        gradients.update((name, parameter.grad) for name, parameter in parameters)
+
+    def look(_: str, parameters: list[tuple[str, Tensor]]) -> None:
+        for name, parameter in parameters:
+            compare(gradients[name], parameter.grad)
+            parameter.grad.copy_(gradients[name])  # Adam would make much of a small difference
+
+    ours.gradient_hooks.append(remember)
+    theirs.gradient_hooks.append(look)
+    for number in range(3):
+        batch = Batch(
+            observation=torch.randn(size, 5, generator=generator),
+            actions=torch.randn(steps, size, 2, generator=generator).clamp(-1, 1),
+            rewards=torch.randn(steps, size, generator=generator),
+            next_observations=torch.randn(steps, size, 5, generator=generator),
+            terminated=(torch.rand(steps, size, generator=generator) < 0.2).float(),
+            valid=(torch.rand(steps, size, generator=generator) < 0.8).float(),
+            weights=torch.rand(size, generator=generator),
+        )
+        results = [
+            learner.update(batch, generator.manual_seed(number)) for learner in (ours, theirs)
+        ]
+        for one, other in zip(*results, strict=True):
+            parts = (
+                zip(one.values(), other.values(), strict=True)
+                if isinstance(one, dict)
+                else ((one, other),)
+            )
+            for a, b in parts:
+                compare(torch.as_tensor(a), torch.as_tensor(b))
+    for name in ("model", "target"):
+        pairs = zip(
+            getattr(ours, name).parameters(), getattr(theirs, name).parameters(), strict=True
+        )
+        for one, other in pairs:
+            compare(one.detach(), other.detach())
+    return f"differs from PyTorch by {max(wrong):.1e}" if max(wrong) > _TOLERANCE else None

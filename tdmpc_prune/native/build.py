@@ -1,4 +1,4 @@
-"""Compiling the planner for this machine at its first use, into a cache."""
+"""Compiling planner and learner for this machine at their first use, into a cache."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("planner.h", "planner.c"))
+LEARNER = (*SOURCES, Path(__file__).with_name("learner.c"))  # the last of them is compiled
 STRICT = ("-std=c99", "-ffp-contract=off")  # what its numbers depend on
 _FAST = ("-O3", "-march=native", "-mprefer-vector-width=512")
 _PLAIN = ("-O3",)  # for compilers that do not know the others
@@ -22,7 +23,7 @@ _SECONDS = 120  # that a compiler may take
 
 
 class Unavailable(Exception):
-    """Why there is no native planner here: a clause that follows "because"."""
+    """Why there is nothing native here: a clause that follows "because"."""
 
 
 def compiler() -> str:
@@ -39,7 +40,7 @@ def compiler() -> str:
 
 
 def cache_folder() -> Path:
-    """Where compiled planners lie: XDG_CACHE_HOME, or .cache in the home folder."""
+    """Where what was compiled lies: XDG_CACHE_HOME, or .cache in the home folder."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "tdmpc_prune"
 
@@ -56,11 +57,14 @@ def processor() -> str:
 
 
 @functools.cache
-def library(check: Callable[[ctypes.CDLL], str | None]) -> ctypes.CDLL:
-    """The compiled planner, from the cache or made now.
+def library(
+    check: Callable[[ctypes.CDLL], str | None], sources: tuple[Path, ...] = SOURCES
+) -> ctypes.CDLL:
+    """The compiled planner or learner, from the cache or made now.
 
     Args:
         check: told of a new one before it is taken into the cache; what is wrong with it, or None.
+        sources: of which it follows; the last is compiled.
 
     Raises:
         Unavailable: there is no compiler, or what it makes does not work.
@@ -68,20 +72,20 @@ def library(check: Callable[[ctypes.CDLL], str | None]) -> ctypes.CDLL:
     name = compiler()
     version = _run([name, "--version"])
     told = "\0".join([name, version, *STRICT, *_FAST, processor()])
-    sources = b"".join(path.read_bytes() for path in SOURCES)
-    key = hashlib.sha256(told.encode() + sources).hexdigest()[:24]
+    read, what = b"".join(path.read_bytes() for path in sources), sources[-1].stem
+    key = hashlib.sha256(told.encode() + read).hexdigest()[:24]
     try:
-        target = cache_folder() / f"planner-{key}.so"
+        target = cache_folder() / f"{what}-{key}.so"
         if target.exists():
             with contextlib.suppress(OSError):  # damaged: it is made again
                 return ctypes.CDLL(str(target))
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=".planner-", dir=target.parent)
+        folder = tempfile.TemporaryDirectory(prefix=f".{what}-", dir=target.parent)
     except (OSError, RuntimeError):  # no home folder, or not to be written to
-        target, folder = None, tempfile.TemporaryDirectory(prefix=".planner-")
+        target, folder = None, tempfile.TemporaryDirectory(prefix=f".{what}-")
     with folder as made:
-        new = Path(made) / "planner.so"
-        _compile(name, new)
+        new = Path(made) / f"{what}.so"
+        _compile(name, sources[-1], new)
         try:
             loaded = ctypes.CDLL(str(new))
         except OSError as error:
@@ -93,10 +97,10 @@ def library(check: Callable[[ctypes.CDLL], str | None]) -> ctypes.CDLL:
     return loaded
 
 
-def _compile(name: str, target: Path) -> None:
+def _compile(name: str, source: Path, target: Path) -> None:
     for flags in (_FAST, _PLAIN):
         try:
-            _run([name, *STRICT, *flags, "-fPIC", "-shared", str(SOURCES[1]), "-o", str(target)])
+            _run([name, *STRICT, *flags, "-fPIC", "-shared", str(source), "-o", str(target)])
             return
         except Unavailable as error:
             failure = error

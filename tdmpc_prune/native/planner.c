@@ -154,6 +154,8 @@ INLINE vec logarithm(vec x)
     return as_float(e) * 0.693147181f + (2.0f * s + s * series);
 }
 
+#ifndef PLANNER_ARITHMETIC /* all that learner.c takes from here */
+
 /* --- Noise ------------------------------------------------------------------------------------ */
 
 typedef struct {
@@ -914,3 +916,5 @@ int planner_draw(const planner_model *model, const planner_config *config, const
         noise->exploration[a] = draw_exploration(&random, a);
     return PLANNER_OK;
 }
+
+#endif

@@ -100,14 +100,14 @@ class AgentTraining:
         # Weights are drawn on the CPU, so that they are the same on every device.
         initial = torch.Generator().manual_seed(config.seed)
         model = WorldModel(self._dense_widths(), initial).to(self.device)
-        self.learner = Learner(model, agent.planner, learning)
+        self.choice = choose(config.decisions, self._dense_widths(), self.device, learning=True)
+        self.learner = Learner(model, agent.planner, learning, self.choice.path)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.rng = np.random.default_rng(config.seed)
         self.replay = SequenceReplay.of(learning, self.observation_width, self.action_width)
         self._plan = plan
         if self.device.type == "cuda":  # captured as CUDA graphs
             self._plan = torch.compile(plan, mode="reduce-overhead")
-        self.choice = choose(config.decisions, self._dense_widths(), self.device)
         self._deciding: Deciding | None = None  # with the networks of the episode in progress
 
         self.progress = Progress()
@@ -499,7 +499,8 @@ class AgentTraining:
         """
         agent = self.config.model
         check_sizes(model, self.env, self.config.task)
-        self.learner = Learner(model.to(self.device), agent.planner, agent.learning)
+        model = model.to(self.device)
+        self.learner = Learner(model, agent.planner, agent.learning, self.choice.path)
         self._deciding = None
         self.learner.updates = updates
         if state:

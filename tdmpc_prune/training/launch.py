@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tdmpc_prune.agent.deciding import unavailable
+from tdmpc_prune.agent.learner import unavailable as cannot_learn
 from tdmpc_prune.agent.world_model import Widths
 from tdmpc_prune.envs import make_env
 from tdmpc_prune.envs import report as report_on
@@ -137,8 +138,8 @@ def resume(config: RunConfig, given: list[str]) -> Run:
 
 
 def _check_decisions(folder: RunFolder, decisions: str) -> None:
-    """Refuse to go on with a run whose decisions cannot be made here."""
-    because = unavailable() if decisions == "native" else None
+    """Refuse to go on with a run whose decisions and updates cannot be made here."""
+    because = (unavailable() or cannot_learn()) if decisions == "native" else None
     if because:
         raise UserError(
             f"'{folder}' was begun with decisions=native, and cannot go on exactly with another: "
