@@ -173,7 +173,8 @@ def agent_calibration(model: WorldModel, pool: Pool, config: AgentConfig) -> Cal
         for depth in range(max(map(len, heads)))
     ]
     taught = lessons(model, pool)
-    score_scale = torch.cat([_compared(model, lesson, discount) for lesson in taught]).std()
+    with torch.no_grad():  # or the graphs of all parts would be in memory at once
+        score_scale = torch.cat([_compared(model, lesson, discount) for lesson in taught]).std()
     action_scale = torch.cat([lesson.policy[0].flatten(0, 1) for lesson in taught]).var(0).mean()
     action_scale = (action_scale * model.widths.action).sqrt().clamp(min=1e-6)
 

@@ -10,6 +10,7 @@ Shapes: B sequences of H decisions, D latent width, A action width.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from dataclasses import dataclass
 
@@ -112,6 +113,12 @@ def rho_weights(config: LearningConfig, like: Tensor) -> Tensor:
     return torch.pow(config.rho, steps).unsqueeze(1)
 
 
+class Adam(torch.optim.Adam):
+    """PyTorch's, which would import its compiler (70 MB) only to be left out of it."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+
+
 class Learner:
     """The networks that learn, their targets and optimisers, and the update.
 
@@ -136,7 +143,7 @@ class Learner:
             "policy_loss": [(name, p) for name, p in named if id(p) in policy],
         }
         self.optimisers = {
-            loss: torch.optim.Adam([p for _, p in parameters], lr=config.learning_rate, fused=True)
+            loss: Adam([p for _, p in parameters], lr=config.learning_rate, fused=True)
             for loss, parameters in self._trained.items()
         }
         self._model_loss, self._policy_loss = model_loss, policy_loss

@@ -238,10 +238,12 @@ class _Sums:
             self.sums = None
         self.rows += len(x)
         x, y = x - self.origin[0], y - self.origin[1]
-        w = x.new_ones(len(x)) if weights is None else weights.double()
-        wx, wy = w[:, None] * x, w[:, None] * y
+        total, wx, wy = x.new_tensor(len(x)), x, y
+        if weights is not None:
+            w = weights.double()
+            total, wx, wy = w.sum(), w[:, None] * x, w[:, None] * y
         products = (wx.T @ x, wx.T @ y) if self.mixed else ((wx * x).sum(0), (wx * y).sum(0))
-        new = (w.sum(), wx.sum(0), wy.sum(0), *products, (wy * y).sum(0))
+        new = (total, wx.sum(0), wy.sum(0), *products, (wy * y).sum(0))
         self.sums = (
             new if self.sums is None else [a + b for a, b in zip(self.sums, new, strict=True)]
         )

@@ -161,6 +161,11 @@ class Watcher(TorchDispatchMode):
         self._ties = ties
         self._made: dict[int, Tensor] = {}  # from nothing, inside a module
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not to be kept out of PyTorch's compiler, which would be imported for it alone."""
+        return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
