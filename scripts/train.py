@@ -16,8 +16,13 @@ def main(config: TrainConfig, given: list[str]) -> None:
       python scripts/train.py resume=runs/cartpole-swingup/bayesian/seed1 env_steps=100000
       python scripts/train.py -m task=cartpole-swingup seed=1,2,3
     """
+    from hydra.core.hydra_config import HydraConfig
+    from tdmpc_prune.envs import draw_nothing
+
     from tdmpc_prune.training import launch
 
+    if not config.resume and not HydraConfig.initialized():  # a sweep may go on with other tasks
+        draw_nothing(config.task)
     if about := launch.task_report(config):
         print(about, flush=True)
     run = launch.resume(config, given) if config.resume else launch.start(config, sys.argv)

@@ -96,11 +96,21 @@ class Stage:
             network what the whole one computed (teacher forcing). What it returns is not used.
         targets: layer → function of the whole network's outputs `[rows, outputs]` that returns the
             targets, of the same shape, and the weight of each row `[rows]`.
+        as_far_as: `run` with a tuple of `layers` before its arguments, which computes what these
+            need and nothing after them; None runs all.
     """
 
     layers: tuple[tuple[str, ...], ...]
     run: Callable[[nn.Module, Any, Channels], Any]
     targets: Mapping[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    as_far_as: Callable[[tuple[str, ...], nn.Module, Any, Channels], Any] | None = None
+
+    def run_to(self, wave: tuple[str, ...], network: nn.Module, batch: Any, channels: Channels):
+        """Compute what the layers of one tuple need."""
+        if self.as_far_as is None:
+            self.run(network, batch, channels)
+        else:
+            self.as_far_as(wave, network, batch, channels)
 
 
 @dataclass(frozen=True)

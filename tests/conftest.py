@@ -12,8 +12,10 @@ import pytest
 import torch
 from filelock import FileLock
 from matplotlib.figure import Figure
+from tdmpc_prune.envs import suite_tasks
 
 torch.set_num_threads(1)
+suite_tasks()  # loads MuJoCo's renderer before a command in this process leaves it out
 
 
 @pytest.fixture(scope="session")

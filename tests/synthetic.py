@@ -138,6 +138,26 @@ class Drawn(Reach):
         return np.full((32, 48, 3), int(100 + 50 * self.x), np.uint8)
 
 
+class Steady(Reach):
+    """Pays 1 a step, whatever is done."""
+
+    def step(self, action):
+        observation, _, *rest = super().step(action)
+        return observation, 1.0, *rest
+
+
+class Chancy(Reach):
+    """Pays nothing in one episode and 1 a step in the next, as the seed says."""
+
+    def reset(self, *, seed=None, options=None):
+        self.pays = float((seed or 0) % 2)
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        observation, _, *rest = super().step(action)
+        return observation, self.pays, *rest
+
+
 for name, environment in list(globals().items()):
     if isinstance(environment, type) and issubclass(environment, Reach):
         gymnasium.register(f"{name}-v0", environment, max_episode_steps=REACH_STEPS)

@@ -1,6 +1,7 @@
 """An agent's own data for cuts made good: where it starts, what it tries, what it is taught."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ from tdmpc_prune.errors import NonFiniteLoss, UserError
 from tdmpc_prune.prunable import component_parameters
 from tdmpc_prune.pruning import compensation, rotation
 from tdmpc_prune.pruning.groups import find_groups
-from tdmpc_prune.pruning.refit import kept_channels, refit
+from tdmpc_prune.pruning.layers import Watch
+from tdmpc_prune.pruning.refit import all_channels, kept_channels, refit
 from tdmpc_prune.pruning.surgery import commit
 from tests.small import AGENT
 
@@ -140,6 +142,40 @@ def test_an_agent_is_rotated_cut_and_refitted(model):
         torch.equal(one, other)
         for one, other in zip(student.parameters(), target.parameters(), strict=True)
     )
+
+
+def test_a_stage_that_goes_only_as_far_as_needed_computes_the_same(model):
+    pool = draw_pool(model, replay_with(60), HORIZON, 30)
+    calibration = agent_calibration(model, pool, AGENT)
+    other = copy.deepcopy(model)
+    channels = all_channels(model)
+    batch = calibration.batches(model)[0]
+    for stage in calibration.stages:
+        for network, wave in itertools.product((model, other), stage.layers):
+            with torch.no_grad(), Watch(network, wave) as whole:
+                stage.run(network, batch, channels)
+            with torch.no_grad(), Watch(network, wave) as needed:
+                stage.run_to(wave, network, batch, channels)
+            assert set(needed.calls) == set(wave)
+            for layer in wave:
+                pairs = zip(whole.calls[layer], needed.calls[layer], strict=True)
+                for one, same in pairs:
+                    assert torch.equal(one.input, same.input)
+                    assert torch.equal(one.output, same.output)
+
+
+def test_readings_are_the_same_of_frozen_networks(model):
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    pool = draw_pool(model, replay_with(60), HORIZON, 30)
+    calibration = agent_calibration(model, pool, AGENT)
+    readings = [
+        compensation.read(network, calibration.batches(network), calibration)
+        for network in (model, frozen)
+    ]
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    for layer, reading in readings[0].items():
+        assert torch.equal(reading.gradient, readings[1][layer].gradient)
+        assert torch.equal(reading.weighed, readings[1][layer].weighed)
 
 
 def test_a_calibration_can_be_of_some_layers_only(model):

@@ -1,10 +1,12 @@
 """Tasks as environments: names, shapes, seeds, ends, action repeat, bad input."""
 
 import ctypes.util
+import os
+import sys
 
 import numpy as np
 import pytest
-from tdmpc_prune.envs import TaskError, make_env, suite_tasks
+from tdmpc_prune.envs import TaskError, draw_nothing, make_env, suite_tasks
 from tdmpc_prune.envs.tasks import default_action_repeat
 
 DOGS_AND_OTHER_HEAVY_ONES = ("dog", "humanoid-cmu", "stacker", "manipulator", "quadruped")
@@ -122,3 +124,21 @@ def test_bad_tasks_are_one_clear_line(task, message):
     with pytest.raises(TaskError, match=message) as error:
         make_env(task)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="drawing is only left out on Linux")
+@pytest.mark.parametrize(
+    ("task", "set_before", "after"),
+    [
+        ("cartpole-swingup", None, "disable"),
+        ("cartpole-swingup", "egl", "egl"),
+        ("gym:Pendulum-v1", None, None),
+        ("file:my_env.py:Arm", None, None),
+    ],
+)
+def test_drawing_is_left_out_of_suite_tasks_unless_somebody_chose(
+    monkeypatch, task, set_before, after
+):
+    monkeypatch.setattr(os, "environ", {"MUJOCO_GL": set_before} if set_before else {})
+    draw_nothing(task)
+    assert os.environ.get("MUJOCO_GL") == after

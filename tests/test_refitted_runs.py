@@ -56,8 +56,8 @@ def says(trainer, *returns):
     """Make the measured returns these ones, the last again and again."""
     told = list(returns)
 
-    def measure(samples, interrupted, log, measure=trainer.trainee.measure):
-        measured = measure(samples, interrupted, log)
+    def measure(*given, measure=trainer.trainee.measure):
+        measured = measure(*given)
         value = told.pop(0) if len(told) > 1 else told[0]
         return replace(measured, returns=[value] * len(measured.returns))
 

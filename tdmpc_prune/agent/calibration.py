@@ -10,6 +10,7 @@ D latent.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,7 @@ class Pool:
 class Lesson:
     """A part of a pool, and what the whole agent computes along it."""
 
+    whole: WorldModel
     observations: Tensor  # [N, O]
     actions: Tensor  # [H, N, S, A]
     latents: Tensor  # [H + 1, N, S, D] open loop
@@ -128,7 +130,7 @@ def lessons(model: WorldModel, pool: Pool, seed: int = 0) -> list[Lesson]:
             (torch.randint(0, 2, shape, generator=generator).float() * 2 - 1).to(latents.device)
             for shape in (policy.shape[1:3], policy.shape[1:])
         ]
-        found.append(Lesson(observations, actions, latents, policy, *signs))
+        found.append(Lesson(model, observations, actions, latents, policy, *signs))
     return found
 
 
@@ -147,12 +149,18 @@ def agent_calibration(model: WorldModel, pool: Pool, config: AgentConfig) -> Cal
     def encode(network: WorldModel, lesson: Lesson, channels: Channels) -> None:
         network.encode(lesson.observations)
 
-    def follow(network: WorldModel, lesson: Lesson, channels: Channels) -> None:
-        """Every step from what the whole agent reaches, the first from the network's own latent."""
-        reached = lesson.latents[1:-1, ..., channels[writer]]
+    def reached(network: WorldModel, lesson: Lesson, channels: Channels) -> Tensor:
+        """`[H, N, S, D]`, what the whole agent reaches, but first the network's own latent."""
         first = network.encode(lesson.observations).unsqueeze(1)
         first = first.expand(-1, lesson.actions.shape[2], -1).unsqueeze(0)
-        network.next_latent(torch.cat([first, reached]), lesson.actions)
+        return torch.cat([first, lesson.latents[1:-1, ..., channels[writer]]])
+
+    def follow(network: WorldModel, lesson: Lesson, channels: Channels) -> None:
+        network.next_latent(reached(network, lesson, channels), lesson.actions)
+
+    def follow_to(wave, network: WorldModel, lesson: Lesson, channels: Channels) -> None:
+        joint = torch.cat([reached(network, lesson, channels), lesson.actions], -1)
+        _run_to(wave, network, {"dynamics": [joint]})
 
     def use(network: WorldModel, lesson: Lesson, channels: Channels) -> None:
         latents = roll_out(network, lesson.observations, lesson.actions)
@@ -160,6 +168,16 @@ def agent_calibration(model: WorldModel, pool: Pool, config: AgentConfig) -> Cal
         network.act(latents)
         network.q_values(latents, lesson.ends)
         network.q_values(latents, lesson.policy)
+
+    def use_to(wave, network: WorldModel, lesson: Lesson, channels: Channels) -> None:
+        latents = lesson.latents
+        if network is not lesson.whole:
+            latents = roll_out(network, lesson.observations, lesson.actions)
+        joint = [torch.cat([latents, actions], -1) for actions in (lesson.ends, lesson.policy)]
+        inputs = {f"q_ensemble.{k}": joint for k in range(len(network.q_ensemble))}
+        inputs["reward"] = [torch.cat([latents[:-1], lesson.actions], -1)]
+        inputs["policy"] = [latents]
+        _run_to(wave, network, inputs)
 
     def saturating(outputs: Tensor) -> tuple[Tensor, Tensor]:
         slope = (1 - outputs.tanh().square()).mean(1)
@@ -173,7 +191,8 @@ def agent_calibration(model: WorldModel, pool: Pool, config: AgentConfig) -> Cal
         for depth in range(max(map(len, heads)))
     ]
     taught = lessons(model, pool)
-    score_scale = torch.cat([_compared(model, lesson, discount) for lesson in taught]).std()
+    with torch.no_grad():  # or the graphs of all parts would be in memory at once
+        score_scale = torch.cat([_compared(model, lesson, discount) for lesson in taught]).std()
     action_scale = torch.cat([lesson.policy[0].flatten(0, 1) for lesson in taught]).var(0).mean()
     action_scale = (action_scale * model.widths.action).sqrt().clamp(min=1e-6)
 
@@ -188,11 +207,21 @@ def agent_calibration(model: WorldModel, pool: Pool, config: AgentConfig) -> Cal
         batches=lambda whole: lessons(whole, pool),
         stages=(
             Stage(_one_by_one(model.encoder, "encoder"), encode),
-            Stage(_one_by_one(model.dynamics, "dynamics"), follow),
-            Stage(tuple(waves), use, {last: saturating}),
+            Stage(_one_by_one(model.dynamics, "dynamics"), follow, as_far_as=follow_to),
+            Stage(tuple(waves), use, {last: saturating}, use_to),
         ),
         sensitivity=felt,
     )
+
+
+def _run_to(
+    wave: tuple[str, ...], network: WorldModel, inputs: Mapping[str, Sequence[Tensor]]
+) -> None:
+    """Run the components of some layers, each on its `inputs`, down to these layers."""
+    for layer in wave:
+        part, _, place = layer.rpartition(".")
+        for given in inputs[part]:
+            network.get_submodule(part)[: int(place) + 1](given)
 
 
 def roll_out(model: WorldModel, observations: Tensor, actions: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import inspect
 import math
 from dataclasses import dataclass
 
@@ -117,6 +118,12 @@ def rho_weights(config: LearningConfig, like: Tensor) -> Tensor:
     return torch.pow(config.rho, steps).unsqueeze(1)
 
 
+class Adam(torch.optim.Adam):
+    """PyTorch's, which would import its compiler (70 MB) only to be left out of it."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+
+
 class Learner:
     """The networks that learn, their targets and optimisers, and the update.
 
@@ -158,7 +165,7 @@ class Learner:
             "policy_loss": [(name, p) for name, p in named if id(p) in policy],
         }
         self.optimisers = {
-            loss: torch.optim.Adam([p for _, p in parameters], lr=config.learning_rate, fused=True)
+            loss: Adam([p for _, p in parameters], lr=config.learning_rate, fused=True)
             for loss, parameters in self._trained.items()
         }
         self._model_loss, self._policy_loss = model_loss, policy_loss

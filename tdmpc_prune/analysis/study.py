@@ -309,6 +309,7 @@ def _run_start(config: StudyConfig, job: Job) -> dict[str, Any]:
         env_steps=config.start_env_steps,
         eval_every=max(1, config.start_env_steps // 5),
         eval_episodes=config.episodes,
+        eval_least=config.episodes,
         device=config.device,
         run_dir=str(job.folder(config.out)),
     )
@@ -354,6 +355,7 @@ def _run_of(config: StudyConfig, job: Job, start: str) -> Run:
         device=config.device,
         eval_every=config.eval_every,
         eval_episodes=config.episodes,
+        eval_least=config.episodes,
         run_dir=str(job.folder(config.out)),
     )
     settings = launch.pruning_run(pruning, [])

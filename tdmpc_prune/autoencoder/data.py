@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from tdmpc_prune.errors import UserError
@@ -75,6 +74,8 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _digits() -> Images:
+    from sklearn.datasets import load_digits  # slow to import, and agents learn no images
+
     pixels = torch.from_numpy(load_digits().images.astype(np.float32) / 16).unsqueeze(1)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     tested = round(_TEST_SHARE * len(pixels))

@@ -16,7 +16,8 @@ Shapes: U units, N inputs and M outputs of a layer, B inputs of a layer for each
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,35 +58,58 @@ def read(
         UserError: there is no data, or it is not finite.
     """
     sums: dict[str, list[Tensor]] = {}
-    last: dict[str, Product] = {}
-    everything = all_channels(network)
-    for batch in batches:
-        with Watch(network) as watch, torch.set_grad_enabled(calibration.sensitivity is not None):
-            if calibration.sensitivity is not None:
-                total = calibration.sensitivity(network, batch)
-            else:
-                for stage in calibration.stages:
-                    stage.run(network, batch, everything)
-        made = [
-            (layer, call)
-            for layer, calls in watch.calls.items()
-            for call in calls
-            if isinstance(call, Product)
-        ]
-        if calibration.sensitivity is None:
-            gradients = [None] * len(made)
-        else:
-            outputs = [call.output for _, call in made]
-            gradients = torch.autograd.grad(total, outputs, allow_unused=True)
-        with torch.no_grad():
-            for (layer, call), gradient in zip(made, gradients, strict=True):
-                last[layer] = call
-                new = _sums(call, gradient, calibration.sensitivity is not None)
+    layers: dict[str, tuple[Tensor, int]] = {}  # weight and kernel
+    with _differentiable(network):
+        for batch in batches:
+            for layer, matrix, kernel, new in _read_batch(network, batch, calibration):
+                layers[layer] = matrix, kernel
                 old = sums.get(layer)
                 sums[layer] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
     if not sums:
         raise UserError("there is no data to calibrate with")
-    return {layer: _reading(layer, last[layer], own) for layer, own in sums.items()}
+    return {layer: _reading(layer, *layers[layer], own) for layer, own in sums.items()}
+
+
+@contextlib.contextmanager
+def _differentiable(network: nn.Module) -> Iterator[None]:
+    """With gradients meanwhile: of the outputs of frozen layers, too."""
+    frozen = [parameter for parameter in network.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _read_batch(
+    network: nn.Module, batch: Any, calibration: Calibration
+) -> list[tuple[str, Tensor, int, list[Tensor]]]:
+    """Each call's layer, its weight and kernel, and its sums; nothing else of the batch is kept."""
+    graded = calibration.sensitivity is not None
+    with Watch(network) as watch, torch.set_grad_enabled(graded):
+        if graded:
+            total = calibration.sensitivity(network, batch)
+        else:
+            everything = all_channels(network)
+            for stage in calibration.stages:
+                stage.run(network, batch, everything)
+    made = [
+        (layer, call)
+        for layer, calls in watch.calls.items()
+        for call in calls
+        if isinstance(call, Product)
+    ]
+    gradients: Sequence[Tensor | None] = [None] * len(made)
+    if graded:
+        outputs = [call.output for _, call in made]
+        gradients = torch.autograd.grad(total, outputs, allow_unused=True)
+    with torch.no_grad():
+        return [
+            (layer, call.matrix(), call.kernel, _sums(call, gradient, graded))
+            for (layer, call), gradient in zip(made, gradients, strict=True)
+        ]
 
 
 def _sums(call: Product, gradient: Tensor | None, graded: bool) -> list[Tensor]:
@@ -102,7 +126,7 @@ def _sums(call: Product, gradient: Tensor | None, graded: bool) -> list[Tensor]:
     return [part.double() for part in parts]
 
 
-def _reading(layer: str, call: Product, sums: list[Tensor]) -> Reading:
+def _reading(layer: str, matrix: Tensor, kernel: int, sums: list[Tensor]) -> Reading:
     rows, x, xx, weight, wx, wxx, outer = sums
     if not all(bool(part.isfinite().all()) for part in sums):
         raise UserError(
@@ -112,8 +136,8 @@ def _reading(layer: str, call: Product, sums: list[Tensor]) -> Reading:
     weight = weight.clamp(min=torch.finfo(torch.float64).tiny)
     mean, weighed = x / rows, wx / weight
     return Reading(
-        weight=call.matrix().detach().double(),
-        kernel=call.kernel,
+        weight=matrix.detach().double(),
+        kernel=kernel,
         covariance=xx / rows - torch.outer(mean, mean),
         weighed=wxx / weight - torch.outer(weighed, weighed),
         gradient=outer,

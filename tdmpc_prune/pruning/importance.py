@@ -109,23 +109,24 @@ class Tracker:
         """
         if not self._statistics:
             return
-        sums: list[list[Tensor]] = [[] for _ in self._statistics]
+        # All parameters in a row, because many small operations would take most of the time.
+        weights = torch.cat([parameter.flatten() for _, parameter in parameters])
+        gradients = torch.cat([parameter.grad.flatten() for _, parameter in parameters])
+        values = self._of(weights, gradients)  # [K, parameters]
+        mean = values.mean(1)
         units: list[Tensor] = []
-        totals = [0.0] * len(self._statistics)
-        for name, parameter in parameters:
-            places = self._places[name]
-            units += [index for _, index in places]
-            for k, values in enumerate(self._of(parameter, parameter.grad)):
-                reduced = [_sum_except(values, dim) for dim, _ in places]
-                sums[k] += reduced
-                totals[k] += reduced[0].sum() if reduced else values.sum()
-        count = sum(parameter.numel() for _, parameter in parameters)
-        mean = torch.stack(totals) / count
+        sums: list[Tensor] = []  # [K, n]
+        sizes = [parameter.numel() for _, parameter in parameters]
+        for (name, parameter), own in zip(parameters, values.split(sizes, 1), strict=True):
+            shaped = own.view(len(values), *parameter.shape)
+            for dim, index in self._places[name]:
+                units.append(index)
+                sums.append(_sum_except(shaped, 0, dim + 1))
         if not units:
             return
         unit = torch.cat(units)
-        found = torch.zeros(len(sums), self._count + 1, device=unit.device)
-        found.index_add_(1, unit, torch.stack([torch.cat(parts) for parts in sums]))
+        found = torch.zeros(len(values), self._count + 1, device=unit.device)
+        found.index_add_(1, unit, torch.cat(sums, 1))
         # A loss without any gradient says nothing of how units compare.
         density = found[:, :-1] * self._reciprocal / mean.clamp(min=1e-30)[:, None]
 
@@ -136,17 +137,16 @@ class Tracker:
         current.mul_(self.config.smoothing).add_(density)
         historical.mul_(self.config.memory).add_(density)
 
-    def _of(self, parameter: Tensor, gradient: Tensor):
-        """The statistics of each element."""
-        product = parameter * gradient if len(self._statistics) > 2 else None
-        for name in self._statistics:
-            if name == "gradient":
-                yield gradient.abs()
-            elif name == "squared gradient":
-                yield gradient.square()
+    def _of(self, weights: Tensor, gradients: Tensor) -> Tensor:
+        """The statistics `[K, N]` of N elements."""
+        found = gradients.new_empty(len(self._statistics), len(gradients))
+        for name, own in zip(self._statistics, found, strict=True):
+            of = weights * gradients if name.endswith("taylor") else gradients
+            if name.startswith("squared"):
+                torch.mul(of, of, out=own)
             else:
-                taylor = parameter * gradient if product is None else product
-                yield taylor.abs() if name == "taylor" else taylor.square()
+                torch.abs(of, out=own)
+        return found
 
     # --- What the evidence says -------------------------------------------------------------
 
@@ -264,9 +264,9 @@ class Tracker:
         }
 
 
-def _sum_except(values: Tensor, dim: int) -> Tensor:
-    """Sum over all dimensions but `dim`."""
-    others = [d for d in range(values.dim()) if d != dim]
+def _sum_except(values: Tensor, *dims: int) -> Tensor:
+    """Sum over all dimensions but `dims`."""
+    others = [d for d in range(values.dim()) if d not in dims]
     return values.sum(others) if others else values
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from tdmpc_prune.errors import UserError
@@ -24,6 +23,7 @@ from tdmpc_prune.pruning.groups import find_groups
 from tdmpc_prune.pruning.importance import Tracker
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.proposals import Proposal, Ranked, all_alike
+from tdmpc_prune.pruning.ranks import correlation, ranks
 from tdmpc_prune.pruning.refit import Refit, commit_refitted, whole_or_restored
 from tdmpc_prune.pruning.schedule import Schedule, make_schedule
 from tdmpc_prune.pruning.stage import RunFacts, Stage
@@ -145,9 +145,10 @@ class Pruner:
     def rank_correlations(self, now: int) -> dict[str, float]:
         """Spearman's correlation of every two metrics over all units, by "one ~ other"."""
         densities = self.all_densities(self.schedule.progress(now))
+        ranked = {metric: ranks(values) for metric, values in densities.items()}
         return {
-            f"{one} ~ {other}": float(spearmanr(densities[one], densities[other]).statistic)
-            for one, other in combinations(densities, 2)
+            f"{one} ~ {other}": correlation(ranked[one], ranked[other])
+            for one, other in combinations(ranked, 2)
         }
 
     def provenance(self, now: int) -> dict[str, Any]:

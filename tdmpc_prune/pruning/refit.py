@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -232,16 +232,17 @@ class _Sums:
         self.rows = 0
 
     def add(self, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
-        x, y = x.double(), y.double()
         if self.rows == 0:  # sums around a first mean lose no digits to a far origin
-            self.origin = (x.mean(0), y.mean(0))
+            self.origin = (x.double().mean(0), y.double().mean(0))
             self.sums = None
         self.rows += len(x)
-        x, y = x - self.origin[0], y - self.origin[1]
-        w = x.new_ones(len(x)) if weights is None else weights.double()
-        wx, wy = w[:, None] * x, w[:, None] * y
+        x, y = x - self.origin[0], y - self.origin[1]  # as float64
+        total, wx, wy = x.new_tensor(len(x)), x, y
+        if weights is not None:
+            w = weights.double()
+            total, wx, wy = w.sum(), w[:, None] * x, w[:, None] * y
         products = (wx.T @ x, wx.T @ y) if self.mixed else ((wx * x).sum(0), (wx * y).sum(0))
-        new = (w.sum(), wx.sum(0), wy.sum(0), *products, (wy * y).sum(0))
+        new = (total, wx.sum(0), wy.sum(0), *products, (wy * y).sum(0))
         self.sums = (
             new if self.sums is None else [a + b for a, b in zip(self.sums, new, strict=True)]
         )
@@ -304,7 +305,7 @@ class _Moments:
 class _Gathered:
     """A layer's calls over all batches, as sums over rows."""
 
-    call: Product | Norm  # the last one: its weights are the present ones
+    call: Product | Norm  # one of them, for its weights alone
     fit: _Sums
     held: _Sums
 
@@ -322,21 +323,29 @@ def _gather(
     number = -1
     for number, batch in enumerate(batches):
         with Watch(whole, wave) as wanted:
-            stage.run(whole, batch, everything)
+            stage.run_to(wave, whole, batch, everything)
+        goals_of = {  # of what the whole network computed, no more is kept
+            layer: [call.outputs(call.output)[:, kept[layer]] for call in calls]
+            for layer, calls in wanted.calls.items()
+        }
+        wanted.calls.clear()
         with Watch(cut, wave) as had:
-            stage.run(cut, batch, kept)
+            stage.run_to(wave, cut, batch, kept)
         for layer in wave:
-            goals, calls = wanted.calls.get(layer, []), had.calls.get(layer, [])
+            goals, calls = goals_of.get(layer, []), had.calls.get(layer, [])
             if not goals or len(goals) != len(calls):
                 raise UserError(
                     f"the calibration's stage for layer '{layer}' calls it {len(goals)} times in "
                     f"the whole network and {len(calls)} times in the cut one"
                 )
             mixed = isinstance(calls[0], Product)
-            own = found.setdefault(layer, _Gathered(calls[0], _Sums(mixed), _Sums(mixed)))
+            if layer not in found:
+                nothing = calls[0].input.new_empty(0)
+                bare = replace(calls[0], input=nothing, output=nothing)
+                found[layer] = _Gathered(bare, _Sums(mixed), _Sums(mixed))
+            own = found[layer]
             sums = own.held if number % _HELD_OUT == 1 else own.fit
-            for goal, call in zip(goals, calls, strict=True):
-                targets = goal.outputs(goal.output)[:, kept[layer]]
+            for targets, call in zip(goals, calls, strict=True):
                 weights = None
                 if layer in stage.targets:
                     targets, weights = stage.targets[layer](targets)

@@ -160,18 +160,41 @@ class Watcher(TorchDispatchMode):
         self.numbers: list[Number] = []
         self._ties = ties
         self._made: dict[int, Tensor] = {}  # from nothing, inside a module
+        self._seen: dict[Any, tuple] = {}  # operations → shape, strides and type of their results
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not to be kept out of PyTorch's compiler, which would be imported for it alone."""
+        return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self._note_numbers(func, args, kwargs)
         args, kwargs = self._drop_data(func, args, kwargs, tensors)
-        result = func(*args, **kwargs)
+        result = self._result(func, args, kwargs)
         if func is torch.ops.aten._is_all_true.default and tensors[0].is_meta:
             result = torch.ones((), dtype=torch.bool)  # a distribution told to validate
         elif self._ties is not None:
             self._hand_on(func, args, kwargs, tensors, result)
         return result
+
+    def _result(self, func, args: tuple, kwargs: dict) -> Any:
+        """What an operation returns.
+
+        What a new tensor looks like is worked out once for each operation on the same shapes:
+        PyTorch does it in Python, and what is traced does most things again and again.
+        """
+        if not _makes_anew(func):
+            return func(*args, **kwargs)
+        key = func, _look((args, kwargs))
+        if key not in self._seen:
+            result = func(*args, **kwargs)
+            if isinstance(result, Tensor) and result.is_meta:
+                self._seen[key] = result.shape, result.stride(), result.dtype
+            return result
+        shape, stride, dtype = self._seen[key]
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
     def _hand_on(self, func, args: tuple, kwargs: dict, tensors: list[Tensor], result: Any) -> None:
         """Tie what an operation brings together, and give its result labels."""
@@ -242,6 +265,24 @@ class Watcher(TorchDispatchMode):
                 if isinstance(value, (int, float)):
                     values.append(float(value))
         self.numbers.append(Number(self.running.place(), str(func), tuple(values)))
+
+
+@cache
+def _makes_anew(func: torch._ops.OpOverload) -> bool:
+    """Whether an operation neither writes to its arguments nor returns views of them."""
+    schema = func._schema
+    return all(each.alias_info is None for each in (*schema.arguments, *schema.returns))
+
+
+def _look(value: Any) -> Any:
+    """All of an operation's arguments that its result can be told from; tensors have no data."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_look, value))
+    if isinstance(value, dict):
+        return tuple((name, _look(part)) for name, part in value.items())
+    return type(value), value
 
 
 @cache

@@ -372,7 +372,7 @@ class AgentTraining:
     # --- What it is now ---------------------------------------------------------------------
 
     def measure(
-        self, samples: int, interrupted: Callable[[], bool], log: RunLog
+        self, samples: int, whole: bool, interrupted: Callable[[], bool], log: RunLog
     ) -> Evaluation | None:
         broken: list[StepError] = []
         evaluation = evaluate(
@@ -382,6 +382,7 @@ class AgentTraining:
             interrupted=interrupted,
             broken=broken.append,
             decisions=self.choice.path,
+            least=None if whole else self.config.eval_least,
         )
         if evaluation is not None:
             for error in broken:  # their returns are those up to there

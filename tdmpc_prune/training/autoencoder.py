@@ -40,6 +40,7 @@ class Fidelity:
     """How well images are reconstructed."""
 
     psnr: list[float]  # of each image, dB
+    known = False  # it is always of all images
 
     def __len__(self) -> int:
         return len(self.psnr)
@@ -124,7 +125,9 @@ class AutoencoderTraining:
         """The images are there already."""
 
     @torch.no_grad()
-    def measure(self, samples: int, interrupted: Callable[[], bool], log: RunLog) -> Fidelity:
+    def measure(
+        self, samples: int, whole: bool, interrupted: Callable[[], bool], log: RunLog
+    ) -> Fidelity:
         images = self.images.test[:samples]
         return Fidelity(psnr(images, self.model(images)).tolist())
 

@@ -42,6 +42,19 @@ def _not_pruned(config: Any, given: Sequence[str]) -> Idle | None:
     return None
 
 
+def _together(config: Any, given: Sequence[str]) -> Idle | None:
+    """Only the planner in C plays the episodes of an evaluation one after another."""
+    if "eval_least" in given and config.decisions == "torch":
+        return Idle("eval_least", "with decisions=torch, which plays all episodes together")
+    return None
+
+
+EVAL_LEAST = (
+    "episodes after which an evaluation by the planner in C may end: once the standard error of "
+    "the mean is below 1 %; the first before a cut and the last are whole; eval_episodes plays all"
+)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run."""
@@ -68,6 +81,7 @@ class TrainConfig:
     )
     eval_every: int = setting(5_000, "env steps between evaluations, each saved as a checkpoint")
     eval_episodes: int = setting(10, "episodes per evaluation")
+    eval_least: int = setting(3, EVAL_LEAST)
     action_repeat: int | None = setting(
         None, "simulator steps per decision; null takes the task's own"
     )
@@ -77,7 +91,7 @@ class TrainConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "task", task_name(self.task))  # one task, one name
-        for name in ("env_steps", "eval_every", "eval_episodes"):
+        for name in ("env_steps", "eval_every", "eval_episodes", "eval_least"):
             value = getattr(self, name)
             require(value >= 1, f"{name}={value} must be at least 1")
         require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31)")
@@ -97,6 +111,7 @@ class TrainConfig:
             or _not_gathered(self, given)
             or self.prune.idle(given)
             or self.prune.clipped(given, self.eval_episodes)
+            or _together(self, given)
         )
 
 
@@ -171,6 +186,7 @@ class PruneCheckpointConfig:
         None, "between evaluations; null takes 5 000 env steps, or 500 updates of an autoencoder"
     )
     eval_episodes: int = setting(10, "episodes per evaluation of an agent")
+    eval_least: int = setting(3, EVAL_LEAST)
     device: str = setting("auto", "auto, cpu or cuda; auto takes CUDA where there is a GPU")
     threads: int = setting(1, "CPU threads")
     decisions: str = setting("auto", DECISIONS)
@@ -183,13 +199,18 @@ class PruneCheckpointConfig:
 
     def idle(self, given: Sequence[str]) -> Idle | None:
         """A given setting without effect."""
-        of_runs = ("env_steps", "updates", "run_dir", "eval_every", "eval_episodes")
+        of_runs = ("env_steps", "updates", "run_dir")
+        of_runs += ("eval_every", "eval_episodes", "eval_least")
         of_cuts = ("start", "end", "steps", "shape", "max_return_drop", "eval_episodes", "plan")
         if self.explain and (
             name := among(given, *of_runs, *(f"prune.{n}" for n in (*of_cuts, "compare")))
         ):
             return Idle(name, "with explain=…, which plans one cut and runs nothing")
-        return self.prune.idle(given) or self.prune.clipped(given, self.eval_episodes)
+        return (
+            self.prune.idle(given)
+            or self.prune.clipped(given, self.eval_episodes)
+            or _together(self, given)
+        )
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
-from scipy.stats import rankdata, spearmanr
 
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning.config import GRADIENT_METRICS
 from tdmpc_prune.pruning.plan import Plan
+from tdmpc_prune.pruning.ranks import ranks, spearman
 from tdmpc_prune.saving.run_folder import RunFolder
+
+if TYPE_CHECKING:  # drawing is slow to import, and who trains may not draw
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _NAMED = 3  # groups that a summary names at most
 
@@ -41,9 +42,7 @@ class ImportanceHistory:
 
     def ranks(self, metric: str) -> np.ndarray:
         """`[G, T]`: 1 is the most important group of that time."""
-        return np.stack(
-            [rankdata(-column, nan_policy="omit") for column in self.values[metric].T], axis=1
-        )
+        return np.stack([ranks(-column) for column in self.values[metric].T], axis=1)
 
     def changes(self, metric: str) -> np.ndarray:
         """`[G, T]`: where a group's rank is not what it was one time before."""
@@ -135,7 +134,7 @@ def _quarters(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _agreement(start: np.ndarray, end: np.ndarray) -> float:
     known = ~(np.isnan(start) | np.isnan(end))
-    return float(spearmanr(start[known], end[known]).statistic) if known.sum() > 2 else np.nan
+    return spearman(start[known], end[known]) if known.sum() > 2 else np.nan
 
 
 def _before_cuts(history: ImportanceHistory, metrics: list[str]) -> str:
@@ -201,6 +200,9 @@ def draw(history: ImportanceHistory) -> Figure:
     Cuts are lines with a dark rim, for light and dark cells, and triangles above them: the first
     one may lie at the very edge.
     """
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
     metrics = list(history.values)
     height = 0.8 + (0.6 + 0.16 * len(history.groups)) * len(metrics)
     figure = Figure(figsize=(13, height), layout="constrained")
@@ -235,6 +237,8 @@ def draw(history: ImportanceHistory) -> Figure:
 
 
 def _mark_cuts(axis: Axes, history: ImportanceHistory) -> None:
+    from matplotlib.patheffects import withStroke
+
     rim = [withStroke(linewidth=2, foreground="black")]
     for cut in history.cuts:
         axis.axvline(cut, color="white", linewidth=0.8, path_effects=rim)

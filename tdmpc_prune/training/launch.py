@@ -35,7 +35,7 @@ RunConfig = TrainConfig | AutoencoderConfig
 _KINDS = {TrainConfig: ("an agent", "train.py")}
 _KINDS |= {AutoencoderConfig: ("an autoencoder", "train_autoencoder.py")}
 _OF_AGENTS = {  # settings of `PruneCheckpointConfig`
-    *("env_steps", "device", "eval_episodes", "decisions"),
+    *("env_steps", "device", "eval_episodes", "eval_least", "decisions"),
     *("prune.distil", "prune.eval_episodes", "prune.gather_episodes"),
 }
 _OF_AUTOENCODERS = {"updates"}
@@ -118,6 +118,7 @@ def resume(config: RunConfig, given: list[str]) -> Run:
         )
     if theirs is TrainConfig:
         settings.setdefault("decisions", "torch")  # older runs had no other
+        settings.setdefault("eval_least", settings["eval_episodes"])  # and played all
         _check_decisions(folder, settings["decisions"])
     saved = from_plain(kind, settings)
     for name in given:
@@ -219,6 +220,7 @@ def _of_agent(config: PruneCheckpointConfig, given: list[str]) -> TrainConfig:
         action_repeat=agent.action_repeat,
         eval_every=config.eval_every or 5_000,
         eval_episodes=config.eval_episodes,
+        eval_least=config.eval_least,
         run_dir=config.run_dir,
         start_from=str(config.checkpoint),
     )

@@ -6,13 +6,14 @@ The horizontal axis is the run's own unit of time: env steps (simulator steps) f
 from __future__ import annotations
 
 import json
+import struct
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matplotlib.image import imread
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
@@ -25,6 +26,8 @@ from tdmpc_prune.settings import by_dotted_name
 _SECONDS_BETWEEN_REFRESHES = 0.5
 
 _BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+_RGBA = 4  # of TensorBoard's image formats
 
 _OUTCOMES = ("networks/sparsity", "networks/parameters", "networks/macs")
 
@@ -202,8 +205,14 @@ class RunLog:
         sys.stdout.flush()  # a log file is read while the run goes on
 
     def picture(self, name: str, path: Path, now: int) -> None:
-        """Add a picture file to TensorBoard."""
-        self._writer.add_image(name, imread(path), now, dataformats="HWC")
+        """Add a PNG file to TensorBoard, as it is."""
+        content = path.read_bytes()
+        width, height = struct.unpack(">II", content[16:24])  # after signature and "IHDR"
+        image = Summary.Image(
+            height=height, width=width, colorspace=_RGBA, encoded_image_string=content
+        )
+        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        self._writer.file_writer.add_summary(summary, now)
 
     def close(self) -> None:
         """Finish the files."""

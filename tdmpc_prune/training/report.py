@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 from tabulate import tabulate
 from torch import Tensor
 
@@ -19,6 +17,9 @@ from tdmpc_prune.saving.files import png, write_file
 from tdmpc_prune.saving.run_folder import RunFolder
 from tdmpc_prune.training import importance_history
 from tdmpc_prune.words import counted
+
+if TYPE_CHECKING:  # drawing is slow to import, and comes at the end of a run
+    from matplotlib.figure import Figure
 
 _REPEATS = 20  # timed decisions of each agent
 
@@ -110,6 +111,9 @@ def words_of(unit: str) -> str:
 
 def draw_course(folder: RunFolder, unit: str, score: str) -> Figure:
     """Score, sparsity and MACs against time, each cut marked."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
     settings = folder.settings()
     evaluations = folder.read_history("evaluation", "tracking")
     tracked = folder.read_history("tracking")
@@ -179,6 +183,8 @@ def draw_course(folder: RunFolder, unit: str, score: str) -> Figure:
 
 def reconstructions(folder: RunFolder, rows: Mapping[str, Tensor]) -> Path:
     """Draw `reconstructions.png`: images `[N, 1, H, W]` by what made them, a row each."""
+    from matplotlib.figure import Figure
+
     count = len(next(iter(rows.values())))
     figure = Figure(figsize=(1 + count * 0.8, 0.9 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), count)

@@ -196,7 +196,7 @@ class Run:
 
     def _evaluate(self) -> None:
         """Evaluate and save; nothing if a signal comes meanwhile."""
-        measured = self.measure(self.trainee.samples[0])
+        measured = self.measure(self.trainee.samples[0], whole=self.now >= self.trainee.end)
         if measured is None:
             return
         trainee, now, score = self.trainee, self.now, self.trainee.score
@@ -228,16 +228,23 @@ class Run:
         later = (now // self.config.eval_every + 1) * self.config.eval_every
         return min(later, self.trainee.end) if now < self.trainee.end else later
 
-    def measure(self, samples: int) -> Measured | None:
+    def measure(self, samples: int, whole: bool = False) -> Measured | None:
         """The present networks' score; it is not measured again if nothing changed since.
 
-        None if a signal comes meanwhile.
+        Args:
+            samples: episodes or images.
+            whole: all of them, even if the score is known before.
+
+        Returns:
+            None if a signal comes meanwhile.
         """
-        version = self._version()
-        if self._measured_version == version and len(self.measured) >= samples:
-            return self.measured.first(samples)
+        version, latest = self._version(), self.measured
+        if self._measured_version == version and (
+            len(latest) >= samples or (latest.known and not whole)
+        ):
+            return latest.first(samples)
         self.log.progress(doing="evaluating")
-        measured = self.trainee.measure(samples, lambda: bool(self._stop_request), self.log)
+        measured = self.trainee.measure(samples, whole, lambda: bool(self._stop_request), self.log)
         if measured is not None:
             self.measured, self._measured_version = measured, version
             self.log.progress(doing="")
@@ -271,12 +278,14 @@ class Run:
 
     def _measure(self) -> None:
         """The score before a cut, right after it, and while it recovers."""
-        whole, around_cuts = self.trainee.samples
-        due = self.now >= self.clocks.next_evaluation  # it can then use the same episodes
-        measured = self.measure(whole if due else around_cuts)
+        pruner, now = self.pruner, self.now
+        evaluated, around_cuts = self.trainee.samples
+        due = now >= self.clocks.next_evaluation  # it can then use the same episodes
+        # The last evaluation is whole, and so is what all cuts are held against.
+        whole = now >= self.trainee.end or pruner.sparsity == 0
+        measured = self.measure(evaluated if due else around_cuts, whole)
         if measured is None:
             return
-        pruner, now = self.pruner, self.now
         measured = measured.first(around_cuts)
         if pruner.sparsity == 0:
             self.keep(self.folder.dense)

@@ -22,6 +22,7 @@ class Measured(Protocol):
 
     mean: float
     std: float
+    known: bool  # it ended before the last of them, because the mean was known
 
     def __len__(self) -> int: ...
 
@@ -102,9 +103,12 @@ class Trainee(Protocol):
         """Try, before anything is written, what can be tried."""
 
     def measure(
-        self, samples: int, interrupted: Callable[[], bool], log: RunLog
+        self, samples: int, whole: bool, interrupted: Callable[[], bool], log: RunLog
     ) -> Measured | None:
-        """The networks' score; None if it was interrupted."""
+        """The networks' score over so many episodes or images; None if it was interrupted.
+
+        It may end once its mean is known, unless all are to be measured (`whole`).
+        """
 
     def said(self, measured: Measured) -> str:
         """A measurement in words."""
