@@ -114,7 +114,7 @@ class LearningConfig:
     rho: float = setting(0.5, "weight of latent step t in the losses is rho^t")
     consistency_weight: float = setting(2.0, "of the latent consistency loss")
     reward_weight: float = setting(0.5, "of the reward loss")
-    value_weight: float = setting(0.002, "of the TD loss, whose errors are large")
+    value_weight: float = setting(0.1, "of the TD loss")
     target_rate: float = setting(0.01, "step of the target network towards the online one")
     target_every: int = setting(1, "updates between two such steps")
     priority_exponent: float = setting(0.6, "alpha of prioritised replay; 0 samples uniformly")
@@ -171,7 +171,6 @@ PRESETS = {
                 updates_per_decision=1.0,
                 batch=512,
                 horizon=5,
-                value_weight=0.1,
                 target_every=2,
                 exploration="white",
                 curiosity=0.0,
