@@ -9,7 +9,9 @@ from tdmpc_prune.training.config import TrainConfig
 AGENT = AgentConfig(
     network=NetworkConfig(encoder_width=12, latent_width=6, hidden_width=16),
     planner=PlannerConfig(horizon=3, iterations=2, samples=24, elites=6, schedule_decisions=60),
-    learning=LearningConfig(seed_decisions=40, batch=16, horizon=3, buffer_decisions=110),
+    learning=LearningConfig(
+        seed_decisions=40, updates_per_decision=1.0, batch=16, buffer_decisions=110
+    ),
 )
 
 
