@@ -211,7 +211,7 @@ def test_a_run_whose_offline_steps_fail_takes_them_back_and_goes_on(
 
 
 def test_offline_steps_bring_the_student_closer_to_the_rotated_whole(dense, tmp_path):
-    trainer = begin(finished(dense, tmp_path / "run"))
+    trainer = begin(finished(dense, tmp_path / "run", sparsity=0.75))
     while trainer.pruner.stage.phase != "cut":
         trainer.log = trainer.log or _log(trainer)
         trainer.step()
