@@ -11,7 +11,6 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 from tdmpc_prune.envs.errors import DisplayError, told
-from tdmpc_prune.envs.tasks import FILE_PREFIX, GYM_PREFIX
 
 FRAMES_PER_SECOND = 50  # of a film, at most
 _OFFSCREEN = {"egl": "EGL", "osmesa": "OSMesa"}  # value of MUJOCO_GL → the library behind it
@@ -34,16 +33,6 @@ def choose_gl_backend() -> None:
     if os.environ.get("WAYLAND_DISPLAY") or (os.environ.get("DISPLAY") and _x_server_answers()):
         return
     os.environ["MUJOCO_GL"] = "egl" if _is_installed("EGL") else "disable"
-
-
-def draw_nothing(task: str) -> None:
-    """Leave out MuJoCo's renderer, which costs time and memory, where only `task` is played.
-
-    MuJoCo must not have been imported yet. A `MUJOCO_GL` that the user has set is left alone, and
-    so are tasks that others wrote, which may draw what they observe.
-    """
-    if sys.platform == "linux" and not task.startswith((GYM_PREFIX, FILE_PREFIX)):
-        os.environ.setdefault("MUJOCO_GL", "disable")
 
 
 def _is_installed(library: str) -> bool:
