@@ -14,7 +14,7 @@ _HOMES = {
     "action_limits": "contract",
     "default_action_repeat": "tasks",
     "disturb": "disturbances",
-    "draw_nothing": "tasks",
+    "draw_nothing": "make",
     "frame_seconds": "contract",
     "make_env": "make",
     "observation_layout": "contract",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 import warnings
 
 import gymnasium
@@ -23,6 +25,16 @@ from tdmpc_prune.envs.tasks import (
 
 # A suite episode, in simulator steps; also the limit of a task that sets none of its own.
 EPISODE_ENV_STEPS = 1000
+
+
+def draw_nothing(task: str) -> None:
+    """Leave out MuJoCo's renderer, which costs time and memory, where only `task` is played.
+
+    MuJoCo must not have been imported yet. A `MUJOCO_GL` that the user has set is left alone, and
+    so are tasks that others wrote, which may draw what they observe.
+    """
+    if sys.platform == "linux" and not task.startswith((GYM_PREFIX, FILE_PREFIX)):
+        os.environ.setdefault("MUJOCO_GL", "disable")
 
 
 class CountEnvSteps(gymnasium.Wrapper):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import sys
 from functools import cache
 
 from tdmpc_prune.envs.errors import TaskError, told
@@ -57,16 +56,6 @@ def suite_tasks() -> dict[str, tuple[str, str]]:
         for name in (domain, _DOMAIN_ALIASES.get(domain, domain)):
             tasks[_dashed(f"{name}-{task}")] = (domain, task)
     return tasks
-
-
-def draw_nothing(task: str) -> None:
-    """Leave out MuJoCo's renderer, which costs time and memory, where only `task` is played.
-
-    MuJoCo must not have been imported yet. A `MUJOCO_GL` that the user has set is left alone, and
-    so are tasks that others wrote, which may draw what they observe.
-    """
-    if sys.platform == "linux" and not task.startswith((GYM_PREFIX, FILE_PREFIX)):
-        os.environ.setdefault("MUJOCO_GL", "disable")
 
 
 def find_suite_task(name: str) -> tuple[str, str]:

@@ -35,6 +35,7 @@ from tdmpc_prune.pruning.surgery import committing
 
 _RIDGES = (1e-4, 1e-7, 1e-10, 1e-13)  # times the mean variance of the inputs
 _AS_GOOD = 1.1  # the strongest ridge whose held-out error is within this factor of the least
+_ROWS = 1_024  # at once: as float64 they stay in the processor's cache
 _HELD_OUT = 5  # every fifth batch, from the second on
 _EXACT = 1e-16  # relative error below which there is nothing to mend
 _TINY = 1e-300  # keeps 0 / 0 from being no number
@@ -230,22 +231,27 @@ class _Sums:
     def __init__(self, mixed: bool):
         self.mixed = mixed
         self.rows = 0
+        self.sums: list[Tensor] = []
 
     def add(self, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
         if self.rows == 0:  # sums around a first mean lose no digits to a far origin
-            self.origin = (x.double().mean(0), y.double().mean(0))
-            self.sums = None
+            self.origin = [part.mean(0, dtype=torch.float64) for part in (x, y)]
         self.rows += len(x)
-        x, y = x - self.origin[0], y - self.origin[1]  # as float64
+        parts = [x.split(_ROWS), y.split(_ROWS)]
+        parts.append([None] * len(parts[0]) if weights is None else weights.split(_ROWS))
+        for part in zip(*parts, strict=True):
+            new = self._of(*part)
+            self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.sums else new
+
+    def _of(self, x: Tensor, y: Tensor, weights: Tensor | None) -> list[Tensor]:
+        """The sums of some rows."""
+        x, y = x - self.origin[0], y - self.origin[1]  # float64
         total, wx, wy = x.new_tensor(len(x)), x, y
         if weights is not None:
             w = weights.double()
             total, wx, wy = w.sum(), w[:, None] * x, w[:, None] * y
         products = (wx.T @ x, wx.T @ y) if self.mixed else ((wx * x).sum(0), (wx * y).sum(0))
-        new = (total, wx.sum(0), wy.sum(0), *products, (wy * y).sum(0))
-        self.sums = (
-            new if self.sums is None else [a + b for a, b in zip(self.sums, new, strict=True)]
-        )
+        return [total, wx.sum(0), wy.sum(0), *products, (wy * y).sum(0)]
 
     def moments(self, centred: bool = True) -> _Moments:
         """Around the mean, or around zero for a layer that has no bias."""
@@ -322,40 +328,55 @@ def _gather(
     found: dict[str, _Gathered] = {}
     number = -1
     for number, batch in enumerate(batches):
-        with Watch(whole, wave) as wanted:
-            stage.run_to(wave, whole, batch, everything)
-        goals_of = {  # of what the whole network computed, no more is kept
-            layer: [call.outputs(call.output)[:, kept[layer]] for call in calls]
-            for layer, calls in wanted.calls.items()
-        }
-        wanted.calls.clear()
-        with Watch(cut, wave) as had:
-            stage.run_to(wave, cut, batch, kept)
-        for layer in wave:
-            goals, calls = goals_of.get(layer, []), had.calls.get(layer, [])
-            if not goals or len(goals) != len(calls):
-                raise UserError(
-                    f"the calibration's stage for layer '{layer}' calls it {len(goals)} times in "
-                    f"the whole network and {len(calls)} times in the cut one"
-                )
-            mixed = isinstance(calls[0], Product)
+        for layer, targets, call in _calls(stage, wave, whole, cut, batch, kept, everything):
             if layer not in found:
-                nothing = calls[0].input.new_empty(0)
-                bare = replace(calls[0], input=nothing, output=nothing)
+                mixed, nothing = isinstance(call, Product), call.input.new_empty(0)
+                bare = replace(call, input=nothing, output=nothing)
                 found[layer] = _Gathered(bare, _Sums(mixed), _Sums(mixed))
-            own = found[layer]
-            sums = own.held if number % _HELD_OUT == 1 else own.fit
-            for targets, call in zip(goals, calls, strict=True):
-                weights = None
-                if layer in stage.targets:
-                    targets, weights = stage.targets[layer](targets)
-                sums.add(call.inputs(), targets, weights)
+            weights = None
+            if layer in stage.targets:
+                targets, weights = stage.targets[layer](targets)
+            sums = found[layer].held if number % _HELD_OUT == 1 else found[layer].fit
+            sums.add(call.inputs(), targets, weights)
     if number < 1:
         raise UserError(
             f"the calibration has {number + 1} batches of data, and needs at least two: one to fit "
             f"layers to, one to judge the fit"
         )
     return found
+
+
+def _calls(
+    stage: Stage,
+    wave: tuple[str, ...],
+    whole: nn.Module,
+    cut: nn.Module,
+    batch: Any,
+    kept: Channels,
+    everything: Channels,
+) -> Iterator[tuple[str, Tensor, Product | Norm]]:
+    """Each call of a wave's layers: its targets `[R, M]`, and what the cut network did.
+
+    Nothing is held longer than it is needed: activations are what takes memory in a refit.
+    """
+    with Watch(whole, wave) as wanted:
+        stage.run_to(wave, whole, batch, everything)
+    targets = {
+        layer: [call.outputs(call.output)[:, kept[layer]] for call in calls]
+        for layer, calls in wanted.calls.items()
+    }
+    wanted.calls.clear()
+    with Watch(cut, wave) as had:
+        stage.run_to(wave, cut, batch, kept)
+    for layer in wave:
+        own, calls = targets.pop(layer, []), had.calls.pop(layer, [])
+        if not own or len(own) != len(calls):
+            raise UserError(
+                f"the calibration's stage for layer '{layer}' calls it {len(own)} times in the "
+                f"whole network and {len(calls)} times in the cut one"
+            )
+        for target, call in zip(own, calls, strict=True):
+            yield layer, target, call
 
 
 def _fit(layer: str, found: _Gathered) -> LayerFit:

@@ -204,10 +204,27 @@ def draw(history: ImportanceHistory) -> Figure:
     from matplotlib.figure import Figure
 
     metrics = list(history.values)
-    height = 0.8 + (0.6 + 0.16 * len(history.groups)) * len(metrics)
-    figure = Figure(figsize=(13, height), layout="constrained")
-    rows = figure.subplots(len(metrics), 2, sharex=True, sharey=True, squeeze=False)
-    places = np.arange(len(history.groups))
+    names = [f"{g} (coupling)" if g in history.coupling else g for g in history.groups]
+    # Placed in inches: a layout that is worked out takes longer than all that is drawn.
+    row, above, below = 0.18 * len(history.groups), 0.5, 0.6
+    width, height = 13, (row + above) * len(metrics) + below
+    figure = Figure(figsize=(width, height))
+    rows = figure.subplots(
+        len(metrics),
+        2,
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        gridspec_kw={
+            "left": (0.2 + 0.055 * max(map(len, names))) / width,
+            "right": 1 - 0.3 / width,
+            "bottom": below / height,
+            "top": 1 - above / height,
+            "hspace": above / row,
+            "wspace": 0.06,
+        },
+    )
+    places, beside = np.arange(len(history.groups)), {"fraction": 0.06, "pad": 0.03}
     for (left, right), metric in zip(rows, metrics, strict=True):
         values = history.values[metric]
         positive = np.ma.masked_where(~(values > 0), values)
@@ -215,18 +232,17 @@ def draw(history: ImportanceHistory) -> Figure:
         if positive.count() and positive.min() < positive.max():
             norm = LogNorm(positive.min(), positive.max())
         image = left.pcolormesh(history.times, places, positive, norm=norm, shading="nearest")
-        figure.colorbar(image, ax=left)
+        figure.colorbar(image, ax=left, **beside)
         left.set_title(f"{metric}: importance per parameter", fontsize=9, pad=8)
         ranks = np.ma.masked_invalid(history.ranks(metric))
         image = right.pcolormesh(history.times, places, ranks, cmap="viridis_r", shading="nearest")
-        figure.colorbar(image, ax=right)
+        figure.colorbar(image, ax=right, **beside)
         title = f"{metric}: rank (1 is the most important; dots: it changed)"
         right.set_title(title, fontsize=9, pad=8)
         group, time = np.nonzero(history.changes(metric))
         right.plot(history.times[time], places[group], ".", color="C3", markersize=3)
         for axis in (left, right):
             _mark_cuts(axis, history)
-    names = [f"{g} (coupling)" if g in history.coupling else g for g in history.groups]
     rows[0, 0].set_yticks(places, names)
     for axis in rows[:, 0]:
         axis.tick_params(axis="y", labelsize=7)
