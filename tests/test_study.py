@@ -25,7 +25,7 @@ from tdmpc_prune.analysis.arms import ARMS, CUTS, LATENT, LATENT_STEPS
 from tdmpc_prune.analysis.config import STUDIES, StudyCommand
 from tdmpc_prune.analysis.study_report import Result
 from tdmpc_prune.errors import RunError, UserError
-from tdmpc_prune.evaluation import EVALUATION_SEED
+from tdmpc_prune.evaluation import EVALUATION_SEED, Evaluation
 from tdmpc_prune.machine import commit, versions
 from tdmpc_prune.saving.agents import load_agent
 from tdmpc_prune.saving.files import read_json
@@ -201,7 +201,7 @@ def test_what_nothing_was_chosen_by_decides(dense, tmp_path, monkeypatch):
 
     def evaluate(agent, episodes, seed, **_):
         seeds.append((seed, episodes))
-        return study_job.Evaluation([1.0] * episodes, 1, 1.0)
+        return Evaluation([1.0] * episodes, 1, 1.0)
 
     monkeypatch.setattr(study_job, "evaluate", evaluate)
     tiny = config(tmp_path, arms=["dense"], dense=str(dense), env_steps=0)
@@ -218,7 +218,7 @@ def test_what_nothing_was_chosen_by_decides(dense, tmp_path, monkeypatch):
             {"model": replace(AGENT, planner=replace(AGENT.planner, samples=25))},
             "has model.planner.samples=24, the study 25: give study.model.planner.samples=24",
         ),
-        ({"tasks": ["gym:tests.synthetic:Rod-v0"]}, "Rod-v0/none/seed1' does not exist"),
+        ({"tasks": ["gym:tests.synthetic:Rare-v0"]}, "Rare-v0/none/seed1' does not exist"),
     ],
 )
 def test_dense_runs_that_do_not_fit_are_refused(dense, tmp_path, changes, message):

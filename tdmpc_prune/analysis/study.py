@@ -156,6 +156,7 @@ def _run_locked(config: StudyConfig, job: Job, folder: Path) -> str:
             file.write(f"{_FAILED}\n{traceback.format_exc()}\n")
         return f"{name_of(config, job)}: failed, see {folder / FAILURES}"
     result |= {"seconds": time.perf_counter() - began, "machine": machine(), "commit": commit()}
+    folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{RESULT}.part"
     write_json(part, result)
     part.replace(folder / RESULT)

@@ -224,16 +224,16 @@ def shown(results: list[Result]) -> list[str]:
 
 
 def _answer(results: list[Result]) -> str:
-    cells = sorted({(r.task, r.asked) for r in results if r.asked is not None})
-    rows = []
+    arms, rows = shown(results), []
+    cells = sorted({(r.task, r.asked) for r in results if r.arm in arms})
     for task, asked in cells:
         own = [r for r in results if (r.task, r.asked) == (task, asked)]
         row = [task, f"{asked:g}"]
-        for arm in shown(results):
+        for arm in arms:
             ends = np.array([READINGS["end"](r) for r in own if r.arm == arm])
             row.append(f"{_iqm([ends], '.2f')} ({len(ends)})" if len(ends) else "")
         rows.append(row)
-    return table(rows, ["task", "sparsity", *(f"{arm} (seeds)" for arm in shown(results))])
+    return table(rows, ["task", "sparsity", *(f"{arm} (seeds)" for arm in arms)])
 
 
 def _cells(results: list[Result]) -> str:
