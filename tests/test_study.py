@@ -176,6 +176,7 @@ def test_agents_are_read_right_after_the_cut_from_dense_runs_that_are_only_read(
     assert "CPU seconds of the cut" in tables
     (axis,) = study_pictures._answer(results).axes
     assert axis.get_ylabel() == "return right after the cut"
+    assert len(study_pictures._against_sparsity(results).axes) == 1
 
 
 def test_a_cut_is_the_one_that_prune_makes(dense, tmp_path, undrawn):
@@ -409,6 +410,11 @@ def test_a_csv_is_reported_again_without_any_run(tmp_path):
         (["study.tasks=[cartpole-swngup]"], "cartpole-swngup"),
         (["study.device=banana"], "device=banana must be auto, cpu or cuda"),
         (["study.allocation=fair"], "study.allocation=fair must be one of global, balanced"),
+        (["study.env_steps=-1"], "study.env_steps=-1 cannot be negative"),
+        (["study.final_episodes=0"], "study.final_episodes=0 must be at least 1"),
+        (["study.dense=x", "study.start_env_steps=9"], "has no effect with study.dense=…"),
+        (["study.env_steps=0", "study.eval_every=9"], "has no effect with study.env_steps=0"),
+        (["study.dense=x", "study.tasks=[cartpole-swingup]"], "seed1' does not exist"),
         (["studi.seeds=[1]"], "unknown setting"),
     ],
 )
@@ -502,6 +508,44 @@ def test_a_share_of_a_negative_return_is_more_when_it_is_better():
     assert share(result("random", 1, -200.0, before=-100.0)) == 0
     with pytest.raises(UserError, match="returns 0: nothing to compare"):
         share(result("random", 1, 5.0, before=0.0))
+
+
+def test_the_answer_is_of_five_arms_and_the_fullest_recipe():
+    shown = ["compensated distilled", "bayesian refitted", "bayesian"]
+    shown += ["small with the teacher", "small from scratch"]
+    results = [
+        result(arm, seed, 10.0 * place + seed)
+        for place, arm in enumerate([*shown, "compensated", "random"])
+        for seed in (1, 2, 3)
+    ]
+    assert study_report.shown(results) == shown
+    (axis,) = study_pictures._answer(results).axes
+    labels = axis.get_legend_handles_labels()[1]
+    assert labels == ["dense", "95 % of it", *shown]
+    (first,) = [c for c in axis.containers if c.get_label() == shown[0]]
+    assert first[0].get_ydata() == pytest.approx([2.0])
+    ((low, high),) = [segment[:, 1] for segment in first[2][0].get_segments()]
+    assert low < 2 < high
+    header, row = rows_of(study_report.tables(results))[:3:2]
+    assert header[2:] == [f"{arm} (seeds)" for arm in shown]
+    assert row[:3] == ["t", "0.5", "0.02 [0.01, 0.03] (3)"]
+
+
+def test_costs_are_told_and_an_older_table_has_none(tmp_path):
+    new = [
+        result("bayesian", seed, 5.0, cut_seconds=4.0 + seed, updates=750, training_macs=3 * 10**12)
+        for seed in (1, 2, 3)
+    ]
+    row = ["bayesian", "6.0", "750", "3"]
+    assert row in rows_of(study_report.tables(new))
+    path = tmp_path / "r.csv"
+    path.write_text(study_report.as_csv(new))
+    assert study_report.of_csv(path) == new
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    path.write_text("".join(",".join(line[:14]) + "\n" for line in lines))
+    old = study_report.of_csv(path)
+    assert [(r.end, r.cut_seconds, r.commit) for r in old] == [(5.0, None, None)] * 3
+    assert "costs" not in study_report.tables(old)
 
 
 def test_the_picture_shows_the_share_of_runs_that_came_back():

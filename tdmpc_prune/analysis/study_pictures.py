@@ -17,6 +17,7 @@ from tdmpc_prune.analysis.study_report import (
     ending,
     interquartile_mean,
     iqm_interval,
+    no_budget,
     shown,
     strata_of,
 )
@@ -117,7 +118,10 @@ def _against_sparsity(results: list[Result]) -> Figure:
         ),
         "return at the end of the budget": lambda r: r.end,
     }
-    figure = Figure(figsize=(14, 1 + 3.6 * len(tasks)), layout="constrained")
+    if no_budget(results):
+        readings = {ending(results): lambda r: r.end}
+    size = (14 if len(readings) > 1 else 9, 1 + 3.6 * len(tasks))
+    figure = Figure(figsize=size, layout="constrained")
     rows = figure.subplots(len(tasks), len(readings), squeeze=False, sharex=True)
     colours = _colours(results)
     cut = [arm for arm in colours if arm != DENSE]
@@ -169,6 +173,8 @@ def _profiles(results: list[Result]) -> Figure:
     """Share of runs that keep more than tau of the dense return, over all sparsities of a task."""
     tasks = list(dict.fromkeys(r.task for r in results))
     readings = {"right after": "right after the cut", "end": "at the end of the budget"}
+    if no_budget(results):
+        readings = {"end": "right after the cut"}
     figure = Figure(figsize=(11, 1 + 3.4 * len(tasks)), layout="constrained")
     rows = figure.subplots(len(tasks), len(readings), squeeze=False, sharex=True, sharey=True)
     colours, taus = _colours(results), np.linspace(0, 1.2, 121)
@@ -224,6 +230,6 @@ def _against_cost(results: list[Result]) -> Figure:
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_xlabel(name)
             axis.grid(alpha=0.3)
-        row[0].set_ylabel(f"{task}: return at the end")
+        row[0].set_ylabel(f"{task}: {ending(results)}")
     _legend(figure)
     return figure
