@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
+import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -91,3 +92,14 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def commit() -> str:
+    """The commit of this checkout, with "-dirty" if files differ from it; else the version."""
+    root = Path(__file__).parents[1]
+    if (root / ".git").exists():
+        ask = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*"]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            found = subprocess.run([*ask, "--dirty"], capture_output=True, text=True, check=True)
+            return found.stdout.strip()
+    return versions()["tdmpc-prune"]

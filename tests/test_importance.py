@@ -11,7 +11,7 @@ from torch import nn
 
 from tdmpc_prune.prunable import Computation, tag
 from tdmpc_prune.pruning.allocation import make_plan
-from tdmpc_prune.pruning.config import GRADIENT_METRICS, METRICS, PruneConfig
+from tdmpc_prune.pruning.config import GRADIENT_METRICS, L2, METRICS, PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
 from tdmpc_prune.pruning.importance import Tracker, credible_bound, fit_prior, posterior, weight_sum
 from tdmpc_prune.pruning.plan import Plan
@@ -115,7 +115,7 @@ def test_the_scale_of_a_loss_does_not_matter(metric):
     np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", [*METRICS, L2])
 def test_units_that_do_nothing_come_last_and_survivors_keep_their_evidence(metric):
     net, ties = make_net()
     idle = [1, 4]
@@ -140,7 +140,8 @@ def test_units_that_do_nothing_come_last_and_survivors_keep_their_evidence(metri
     offset = {name: units.start for name, units in tracker.groups.items()}
     assert sum(len(units) for units in kept.values()) == sum(left.widths.values())
     after = tracker.densities(metric, net, 0.3)
-    if metric not in ("magnitude", "bayesian"):  # weights are fewer; the prior is another group's
+    # Weights are fewer after it, and bayesian's prior is another group's.
+    if metric not in ("magnitude", L2, "bayesian"):
         flat = np.concatenate(
             [units + start for units, start in zip(kept.values(), (0, 6), strict=True)]
         )
@@ -173,13 +174,32 @@ def test_random_is_drawn_once_per_seed():
     assert not np.array_equal(c.densities("random", net), first)
 
 
-def test_magnitude_is_the_norm_of_a_unit_per_parameter():
+def test_magnitude_is_the_root_mean_square_of_a_unit_and_was_its_norm_per_parameter():
     net, ties = make_net()
-    structure = find_groups(ties)
-    found = Tracker(structure, net, PruneConfig(), 0).densities("magnitude", net)
+    tracker = Tracker(find_groups(ties), net, PruneConfig(), 0)
     parts = [net[0][0].weight[2], net[0][0].bias[2:3], net[0][1].weight[2:3], net[0][1].bias[2:3]]
     unit = torch.cat([*parts, net[1][0].weight[:, 2]])
-    assert found[2] == pytest.approx(unit.norm().item() / len(unit), rel=1e-6)
+    norm = unit.norm().item()
+    assert tracker.densities("magnitude", net)[2] == pytest.approx(norm / len(unit) ** 0.5)
+    assert tracker.densities(L2, net)[2] == pytest.approx(norm / len(unit))
+
+
+def test_units_of_many_equal_weights_are_as_large_as_those_of_few_but_for_their_l2_norm():
+    net, ties = make_net()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(0.5)
+    tracker = Tracker(find_groups(ties), net, PruneConfig(), 0)
+    counts = tracker.parameters.numpy()
+    assert len(set(counts)) == 2  # of the two groups
+    np.testing.assert_allclose(tracker.densities("magnitude", net), 0.5)
+    np.testing.assert_allclose(tracker.densities(L2, net), 0.5 / np.sqrt(counts))
+
+
+def test_what_magnitude_was_is_tracked_only_if_it_ranks():
+    assert PruneConfig(method=L2).tracked == (*METRICS, L2)
+    assert PruneConfig(method=L2, compare=False).tracked == (L2,)
+    assert L2 not in PruneConfig(method="magnitude").tracked
 
 
 # --- The Bayesian score --------------------------------------------------------------------------

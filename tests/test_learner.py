@@ -6,9 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tdmpc_prune.agent.config import LearningConfig, NetworkConfig, PlannerConfig
-from tdmpc_prune.agent.learner import Learner, NonFiniteLoss, model_loss, policy_loss
+from tdmpc_prune.agent.learner import (
+    Learner,
+    NonFiniteLoss,
+    model_loss,
+    policy_loss,
+    update_macs,
+)
 from tdmpc_prune.agent.replay import Batch
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tests.reference import PlainLearner
@@ -165,6 +172,21 @@ def test_the_losses_are_traced_whole_by_the_compiler():
         traced(model, expected.latents, valid, noise, LEARNING),
         policy_loss(model, expected.latents, valid, noise, LEARNING),
     )
+
+
+def test_the_multiply_accumulates_of_an_update_are_about_those_that_are_made():
+    model, batch = make_model(), make_batch()
+    target, noise = copy.deepcopy(model), torch.zeros(5, 12, 2)
+    policy = list(model.policy.parameters())
+    others = [p for name, p in model.named_parameters() if not name.startswith("policy.")]
+    with FlopCounterMode(display=False) as counted:
+        losses = model_loss(model, target, batch, noise[:4], LEARNING)
+        torch.autograd.grad(losses.total, others)
+        loss = policy_loss(model, losses.latents, torch.ones(5, 12), noise, LEARNING)
+        torch.autograd.grad(loss, policy)
+    config = replace(LEARNING, batch=12, horizon=4)
+    made = counted.get_total_flops() / 2
+    assert made == pytest.approx(update_macs(model, config), rel=0.05)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")

@@ -4,23 +4,32 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdmpc_prune.analysis import study, study_pictures, study_report
-from tdmpc_prune.analysis.config import ARMS, STUDIES, StudyCommand
+from tdmpc_prune.agent.distillation import distil
+from tdmpc_prune.analysis import study, study_job, study_pictures, study_report
+from tdmpc_prune.analysis.arms import ARMS, CUTS, LATENT, LATENT_STEPS
+from tdmpc_prune.analysis.config import STUDIES, StudyCommand
 from tdmpc_prune.analysis.study_report import Result
 from tdmpc_prune.errors import RunError, UserError
+from tdmpc_prune.evaluation import EVALUATION_SEED, Evaluation
+from tdmpc_prune.machine import commit, versions
 from tdmpc_prune.saving.agents import load_agent
+from tdmpc_prune.saving.files import read_json
+from tdmpc_prune.training import mending
 from tests.commands import ROOT, run
 from tests.small import AGENT
 
@@ -32,6 +41,7 @@ TINY = [
     "study.env_steps=40",
     "study.eval_every=20",
     "study.episodes=2",
+    "study.final_episodes=2",
     "study.out=out",
     "study.model.network.encoder_width=12",
     "study.model.network.latent_width=6",
@@ -47,7 +57,31 @@ TINY = [
 def config(tmp_path, **changes):
     small = replace(STUDIES["quick"].value, model=AGENT, tasks=["gym:tests.synthetic:Reach-v0"])
     small = replace(small, start_env_steps=100, env_steps=40, eval_every=20, episodes=2)
-    return replace(small, seeds=[1], sparsities=[0.5], out=str(tmp_path / "out"), **changes)
+    small = replace(small, final_episodes=3, seeds=[1], sparsities=[0.5])
+    return replace(small, out=str(tmp_path / "out"), **changes)
+
+
+def run_all(config):
+    """Every job; what is on file of each arm."""
+    for job in study.all_jobs(config):
+        study.run_job(config, job)
+        assert study.attempts(config, job) == 0, failures(config, job).read_text()
+    arms = {job.arm: job.folder(config.out) for job in study.jobs(config)[1]}
+    return {arm: read_json(folder / "result.json") for arm, folder in arms.items()}
+
+
+def failures(config, job):
+    return job.folder(config.out) / "failures.txt"
+
+
+@pytest.fixture
+def briefly(monkeypatch):
+    """Students are taught, and coefficients searched for, in a few steps."""
+    search = partial(study_job.CoefficientsConfig, steps=5)
+    monkeypatch.setattr(study_job, "CoefficientsConfig", search)
+    monkeypatch.setattr(
+        study_job, "distil", lambda model, teaching, _, seed: distil(model, teaching, 5, seed=seed)
+    )
 
 
 def test_jobs_are_the_product_and_every_folder_is_its_own():
@@ -60,16 +94,14 @@ def test_jobs_are_the_product_and_every_folder_is_its_own():
     assert len(set(folders)) == len(folders)
 
 
-def test_every_arm_runs_and_only_once(tmp_path, undrawn):
-    arms = ["dense", "small from scratch", "re-initialised", "magnitude", "coefficients"]
+def test_every_arm_runs_and_only_once(tmp_path, undrawn, briefly):
+    arms = ["dense", "small from scratch", "small with the teacher", "re-initialised"]
+    arms += ["magnitude", "coefficients refitted"]
     tiny = config(tmp_path, arms=arms)
-    for job in study.all_jobs(tiny):
-        study.run_job(tiny, job)
-        assert study.attempts(tiny, job) == 0, (job.folder(tiny.out) / "failures.txt").read_text()
-    results = {}
+    found = run_all(tiny)
+    results = {arm: study_report.of_job(result, 1.0) for arm, result in found.items()}
     for job in study.jobs(tiny)[1]:
         path = job.folder(tiny.out) / "result.json"
-        results[job.arm] = study_report.of_job(json.loads(path.read_text()), 1.0)
         before = path.stat().st_mtime_ns
         study.run_job(tiny, job)
         assert path.stat().st_mtime_ns == before
@@ -79,17 +111,162 @@ def test_every_arm_runs_and_only_once(tmp_path, undrawn):
     for arm in arms[1:]:
         assert 0.5 <= results[arm].sparsity < 0.6
         assert results[arm].before == dense.before and results[arm].env_steps == 140
+        assert len(found[arm]["returns"]) == 3
+        own = load_agent(runs[arm])
+        assert own.size()["parameters"] == results[arm].parameters
     small, again = results["small from scratch"], results["re-initialised"]
     assert small.after is None and small.recovery is None and again.after is not None
-    # Even widths from scratch; those that bayesian would leave, initialised anew.
+    # Even widths from scratch and with the teacher; those of bayesian's cut, initialised anew.
     assert abs(small.parameters - again.parameters) < 0.2 * small.parameters
-    widths = {arm: load_agent(runs[arm]).model.widths for arm in arms[1:3]}
+    widths = {arm: load_agent(runs[arm]).model.widths for arm in arms[1:4]}
     assert widths["small from scratch"].reward[0] == widths["small from scratch"].policy[0]
+    assert widths["small with the teacher"] == widths["small from scratch"]
     assert widths["re-initialised"] != widths["small from scratch"]
     start = study.all_jobs(tiny)[0].folder(tiny.out)
     episodes = {arm: _env_steps_of_episodes(folder) for arm, folder in runs.items()}
     assert len(episodes["small from scratch"]) == len(_env_steps_of_episodes(start)) + 2
     assert all(len(episodes[arm]) == 2 for arm in arms if arm != "small from scratch")
+    assert [at for at, _ in found["magnitude"]["curve"]] == [0, 20, 40]
+    assert [at for at, _ in found["dense"]["curve"]] == [0, 20, 40]
+    # Every env step is a decision here, with an update.
+    updates = {arm: result["updates"] for arm, result in found.items()}
+    assert updates.pop("small from scratch") == 140 and set(updates.values()) == {40}
+    assert found["magnitude"]["training_macs"] < found["dense"]["training_macs"]
+    searched, plain = (found[arm]["cut_seconds"] for arm in ("coefficients refitted", "magnitude"))
+    assert searched > plain > 0 and found["dense"]["cut_seconds"] is None
+
+
+# --- Right after the cut, from dense runs that are there ------------------------------------------
+
+
+@pytest.fixture
+def dense(small_run, tmp_path):
+    """A folder of dense runs with one in it, of 200 env steps."""
+    folder = tmp_path / "dense"
+    shutil.copytree(small_run[0], folder / "gym-tests.synthetic-Reach-v0/none/seed1")
+    return folder
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_agents_are_read_right_after_the_cut_from_dense_runs_that_are_only_read(
+    dense, tmp_path, undrawn, briefly
+):
+    arms = ["dense", "small from scratch", "small with the teacher", "bayesian refitted", LATENT]
+    tiny = config(tmp_path, arms=arms, dense=str(dense), env_steps=0)
+    before = contents(dense)
+    found = run_all(tiny)
+    assert contents(dense) == before
+    start = study.all_jobs(tiny)[0]
+    assert not (start.folder(tiny.out) / "run.json").exists()
+    for arm, result in found.items():
+        assert len(result["returns"]) == 3 and result["env_steps"] == 200, arm
+        assert result["budget"] == 0 and result["commit"] == commit()
+        if arm not in arms[:2]:
+            assert result["after"] == result["returns"] and result["updates"] == 0
+    assert found["dense"]["before"] == np.mean(found["dense"]["returns"])
+    small = next(job for job in study.jobs(tiny)[1] if job.arm == "small from scratch")
+    assert _env_steps_of_episodes(small.folder(tiny.out)) == [20 * (i + 1) for i in range(10)]
+    results = study.collect(tiny.out)
+    assert [r.arm for r in results] == arms
+    tables = study_report.tables(results)
+    assert "Return right after the cut, as a fraction" in tables and "back at" not in tables
+    assert "CPU seconds of the cut" in tables
+    (axis,) = study_pictures._answer(results).axes
+    assert axis.get_ylabel() == "return right after the cut"
+    assert len(study_pictures._against_sparsity(results).axes) == 1
+
+
+def test_a_cut_is_the_one_that_prune_makes(dense, tmp_path, undrawn):
+    tiny = config(tmp_path, arms=[LATENT], dense=str(dense), env_steps=0, sparsities=[0.6])
+    found = run_all(tiny)
+    (job,) = study.jobs(tiny)[1]
+    start = dense / "gym-tests.synthetic-Reach-v0/none/seed1"
+    more = ("prune.sparsity=0.6", f"prune.distil={LATENT_STEPS}", "run_dir=by-hand", "device=cpu")
+    done = run("prune.py", str(start), *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ours = load_agent(job.folder(tiny.out) / found[LATENT]["agent"]).model.state_dict()
+    theirs = load_agent(tmp_path / "by-hand").model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_offline_steps_of_an_arm_are_all_that_come_before_the_distillation():
+    assert CUTS[LATENT].offline_steps == mending.LATENT_STEPS
+
+
+def test_what_nothing_was_chosen_by_decides(dense, tmp_path, monkeypatch):
+    """The final readings are from other initial states than all that a run measures."""
+    seeds = []
+
+    def evaluate(agent, episodes, seed, **_):
+        seeds.append((seed, episodes))
+        return Evaluation([1.0] * episodes, 1, 1.0)
+
+    monkeypatch.setattr(study_job, "evaluate", evaluate)
+    tiny = config(tmp_path, arms=["dense"], dense=str(dense), env_steps=0)
+    run_all(tiny)
+    assert seeds == [(study_job.FINAL_SEED, 3), (EVALUATION_SEED, 2)]
+    assert EVALUATION_SEED + 10_000 + 10 < study_job.FINAL_SEED
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [1, 2]}, "seed2' does not exist"),
+        (
+            {"model": replace(AGENT, planner=replace(AGENT.planner, samples=25))},
+            "has model.planner.samples=24, the study 25: give study.model.planner.samples=24",
+        ),
+        ({"tasks": ["gym:tests.synthetic:Rare-v0"]}, "Rare-v0/none/seed1' does not exist"),
+    ],
+)
+def test_dense_runs_that_do_not_fit_are_refused(dense, tmp_path, changes, message):
+    tiny = replace(config(tmp_path, dense=str(dense)), **changes)
+    with pytest.raises(UserError) as refused:
+        next(study.sweeps(StudyCommand(tiny)))
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_pruned_agents_and_those_without_a_buffer_are_no_start(dense, pruned_run, tmp_path):
+    run_folder = dense / "gym-tests.synthetic-Reach-v0/none/seed1"
+    tiny = config(tmp_path, dense=str(dense))
+    (training,) = run_folder.glob("checkpoints/*/training.json")
+    training.unlink()
+    with pytest.raises(UserError, match="has no replay buffer to start from"):
+        next(study.sweeps(StudyCommand(tiny)))
+    shutil.rmtree(run_folder)
+    shutil.copytree(pruned_run[0], run_folder)
+    with pytest.raises(UserError, match="seed1' is pruned"):
+        next(study.sweeps(StudyCommand(tiny)))
+
+
+def test_a_cut_that_was_killed_is_made_anew_and_a_made_one_is_kept(dense, tmp_path, undrawn):
+    tiny = config(tmp_path, arms=["random"], dense=str(dense), env_steps=0)
+    start, job = study.all_jobs(tiny)
+    study.run_job(tiny, start)
+    half = job.folder(tiny.out) / "cut"
+    half.mkdir(parents=True)
+    (half / "run.json").write_text("{}")
+    study.run_job(tiny, job)
+    assert study.done(tiny, job), failures(tiny, job).read_text()
+    (job.folder(tiny.out) / "result.json").unlink()
+    before = contents(half)
+    study.run_job(tiny, job)
+    assert study.done(tiny, job) and contents(half) == before
+
+
+def test_the_commit_is_that_of_the_checkout():
+    ask = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        head = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        head = versions()["tdmpc-prune"]
+    assert head.startswith(commit().removesuffix("-dirty"))
+
+
+# --- Failures, kills and launchers ----------------------------------------------------------------
 
 
 def _env_steps_of_episodes(folder):
@@ -103,7 +280,7 @@ def test_a_job_that_fails_is_tried_twice_and_never_dropped(tmp_path, monkeypatch
     def explode(*arguments):
         raise ValueError("it is broken") from KeyError("deep inside")
 
-    monkeypatch.setattr(study, "_run_arm", explode)
+    monkeypatch.setattr(study, "run_arm", explode)
     rounds = []
     for override, _ in study.sweeps(StudyCommand(tiny)):
         numbers = [int(number) for number in override.removeprefix("job=").split(",")]
@@ -119,7 +296,7 @@ def test_a_job_that_fails_is_tried_twice_and_never_dropped(tmp_path, monkeypatch
 
 def test_arms_wait_for_their_dense_agent(tmp_path, monkeypatch):
     tiny = config(tmp_path, arms=["dense", "magnitude"])
-    monkeypatch.setattr(study, "_run_start", lambda *_: 1 / 0)
+    monkeypatch.setattr(study, "run_start", lambda *_: 1 / 0)
     rounds = []
     for override, _ in study.sweeps(StudyCommand(tiny)):
         rounds.append(override)
@@ -195,7 +372,7 @@ def test_launchers(tmp_path, launcher):
     assert done.returncode == 0, done.stderr[-3000:]
     names = {path.name for path in (tmp_path / "out").iterdir()}
     written = {"results.csv", "results.md"}
-    written |= {f"results-{name}.png" for name in ("sparsity", "profile", "cost")}
+    written |= {f"results-{name}.png" for name in ("answer", "sparsity", "profile", "cost")}
     assert written <= names
     results = study_report.of_csv(tmp_path / "out" / "results.csv")
     assert [(r.arm, r.asked, r.seed) for r in results] == [
@@ -214,7 +391,8 @@ def test_a_csv_is_reported_again_without_any_run(tmp_path):
     done = run("study.py", "report=r.csv", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert study_report.tables(results) in done.stdout
-    names = {"r.csv", "r.md", "r-sparsity.png", "r-profile.png", "r-cost.png"}
+    names = {"r.csv", "r.md"}
+    names |= {f"r-{name}.png" for name in ("answer", "sparsity", "profile", "cost")}
     assert {path.name for path in tmp_path.iterdir()} == names
     done = run("study.py", "report=nowhere.csv", cwd=tmp_path)
     assert done.returncode == 2 and "'nowhere.csv' is no table of a study" in done.stderr
@@ -232,6 +410,11 @@ def test_a_csv_is_reported_again_without_any_run(tmp_path):
         (["study.tasks=[cartpole-swngup]"], "cartpole-swngup"),
         (["study.device=banana"], "device=banana must be auto, cpu or cuda"),
         (["study.allocation=fair"], "study.allocation=fair must be one of global, balanced"),
+        (["study.env_steps=-1"], "study.env_steps=-1 cannot be negative"),
+        (["study.final_episodes=0"], "study.final_episodes=0 must be at least 1"),
+        (["study.dense=x", "study.start_env_steps=9"], "has no effect with study.dense=…"),
+        (["study.env_steps=0", "study.eval_every=9"], "has no effect with study.env_steps=0"),
+        (["study.dense=x", "study.tasks=[cartpole-swingup]"], "seed1' does not exist"),
         (["studi.seeds=[1]"], "unknown setting"),
     ],
 )
@@ -325,6 +508,44 @@ def test_a_share_of_a_negative_return_is_more_when_it_is_better():
     assert share(result("random", 1, -200.0, before=-100.0)) == 0
     with pytest.raises(UserError, match="returns 0: nothing to compare"):
         share(result("random", 1, 5.0, before=0.0))
+
+
+def test_the_answer_is_of_five_arms_and_the_fullest_recipe():
+    shown = ["compensated distilled", "bayesian refitted", "bayesian"]
+    shown += ["small with the teacher", "small from scratch"]
+    results = [
+        result(arm, seed, 10.0 * place + seed)
+        for place, arm in enumerate([*shown, "compensated", "random"])
+        for seed in (1, 2, 3)
+    ]
+    assert study_report.shown(results) == shown
+    (axis,) = study_pictures._answer(results).axes
+    labels = axis.get_legend_handles_labels()[1]
+    assert labels == ["dense", "95 % of it", *shown]
+    (first,) = [c for c in axis.containers if c.get_label() == shown[0]]
+    assert first[0].get_ydata() == pytest.approx([2.0])
+    ((low, high),) = [segment[:, 1] for segment in first[2][0].get_segments()]
+    assert low < 2 < high
+    header, row = rows_of(study_report.tables(results))[:3:2]
+    assert header[2:] == [f"{arm} (seeds)" for arm in shown]
+    assert row[:3] == ["t", "0.5", "0.02 [0.01, 0.03] (3)"]
+
+
+def test_costs_are_told_and_an_older_table_has_none(tmp_path):
+    new = [
+        result("bayesian", seed, 5.0, cut_seconds=4.0 + seed, updates=750, training_macs=3 * 10**12)
+        for seed in (1, 2, 3)
+    ]
+    row = ["bayesian", "6.0", "750", "3"]
+    assert row in rows_of(study_report.tables(new))
+    path = tmp_path / "r.csv"
+    path.write_text(study_report.as_csv(new))
+    assert study_report.of_csv(path) == new
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    path.write_text("".join(",".join(line[:14]) + "\n" for line in lines))
+    old = study_report.of_csv(path)
+    assert [(r.end, r.cut_seconds, r.commit) for r in old] == [(5.0, None, None)] * 3
+    assert "costs" not in study_report.tables(old)
 
 
 def test_the_picture_shows_the_share_of_runs_that_came_back():

@@ -306,6 +306,23 @@ class Learner:
                         self.optimisers[loss].state[parameter][key] = value
 
 
+def update_macs(model: WorldModel, config: LearningConfig) -> int:
+    """About how many multiply-accumulates the matrix products of one update are.
+
+    A layer's backward pass is counted as two forward passes, or as one where it only passes
+    gradients on (Q, for the policy's loss).
+    """
+    encoder, dynamics, reward, policy, q = (
+        sum(weight.numel() for name, weight in part.named_parameters() if weight.dim() == 2)
+        for part in (model.encoder, model.dynamics, model.reward, model.policy, model.q_ensemble)
+    )
+    horizon = config.horizon
+    targets = horizon * (2 * encoder + policy + q)
+    model_loss = 3 * (encoder + horizon * (dynamics + reward + q))
+    policy_loss = (horizon + 1) * (3 * policy + 2 * q)
+    return config.batch * (targets + model_loss + policy_loss)
+
+
 def library() -> ctypes.CDLL:
     """The compiled losses. Raises Unavailable: see `build.library`."""
     return build.library(_difference, build.LEARNER)

@@ -16,8 +16,9 @@ from tdmpc_prune.agent.config import (
     NetworkConfig,
     PlannerConfig,
 )
+from tdmpc_prune.analysis.arms import ARMS, DENSE, REINITIALISED, SMALL, STUDENT
 from tdmpc_prune.envs import task_name
-from tdmpc_prune.pruning.config import ALLOCATIONS, METRICS, TRACKED, PruneConfig
+from tdmpc_prune.pruning.config import ALLOCATIONS, TRACKED, PruneConfig
 from tdmpc_prune.settings import (
     RUN_OR_CHECKPOINT,
     Choice,
@@ -286,13 +287,6 @@ class ImportanceConfig:
     )
 
 
-DENSE, SMALL, REINITIALISED = "dense", "small from scratch", "re-initialised"
-
-COEFFICIENTS = "coefficients"
-
-ARMS = (DENSE, SMALL, REINITIALISED, *METRICS, COEFFICIENTS)
-
-
 @dataclass(frozen=True)
 class StudyConfig:
     """A comparison of ways to prune: tasks × arms × sparsities × seeds."""
@@ -302,13 +296,23 @@ class StudyConfig:
     )
     arms: list[str] = setting(lambda: list(ARMS), f"of {', '.join(ARMS)}")
     sparsities: list[float] = setting(
-        lambda: [0.5, 0.8, 0.9, 0.95, 0.99], "fractions of the parameters that go, in one cut"
+        lambda: [0.8, 0.9, 0.95, 0.98], "fractions of the parameters that go, in one cut"
     )
     seeds: list[int] = setting(lambda: [1, 2, 3, 4, 5], "each with a dense agent of its own")
-    start_env_steps: int = setting(25_000, "training of the dense agents before the cut")
-    env_steps: int = setting(6_000, "training after it; small ones from scratch get both")
+    dense: str | None = setting(
+        None,
+        "folder of dense runs to start from, <dense>/<task>/none/seed<seed>; null trains them",
+    )
+    start_env_steps: int = setting(50_000, "training of the dense agents before the cut")
+    env_steps: int = setting(
+        6_000,
+        "training after it; small ones from scratch get both; 0 reads agents right after the cut",
+    )
     eval_every: int = setting(1_000, "env steps between evaluations after the cut")
-    episodes: int = setting(5, "per evaluation")
+    episodes: int = setting(5, "per evaluation on the way")
+    final_episodes: int = setting(
+        20, "right after the cut, and at the end; from initial states that nothing was chosen by"
+    )
     allocation: str = setting("balanced", f"of the cuts: {', '.join(ALLOCATIONS)}")
     min_width: int = setting(2, "units that every group keeps at least")
     model: AgentConfig = setting(AgentConfig, "the dense agents")
@@ -331,15 +335,20 @@ class StudyConfig:
         require(allocation in ALLOCATIONS, f"study.allocation={allocation} must be one of {known}")
         for sparsity in self.sparsities:
             require(0 < sparsity < 1, f"study.sparsities: {sparsity} must lie in (0, 1)")
-        for name in ("start_env_steps", "env_steps", "eval_every", "episodes", "min_width"):
+        require(self.env_steps >= 0, f"study.env_steps={self.env_steps} cannot be negative")
+        counts = ("start_env_steps", "eval_every", "episodes", "final_episodes", "min_width")
+        for name in counts:
             value = getattr(self, name)
             require(value >= 1, f"study.{name}={value} must be at least 1")
 
 
 _QUICK = StudyConfig(
     tasks=["cartpole-balance"],
-    arms=[DENSE, SMALL, REINITIALISED, "random", "magnitude", "bayesian"],
-    sparsities=[0.5, 0.9],
+    arms=[
+        *(DENSE, SMALL, STUDENT, REINITIALISED, "random", "bayesian", "bayesian refitted"),
+        "compensated",
+    ],
+    sparsities=[0.9],
     seeds=[1, 2],
     start_env_steps=10_000,
     env_steps=3_000,
@@ -347,14 +356,14 @@ _QUICK = StudyConfig(
     model=AgentConfig(
         network=NetworkConfig(encoder_width=48, latent_width=16, hidden_width=48),
         planner=PlannerConfig(samples=64, elites=16, iterations=4, schedule_decisions=1_000),
-        learning=LearningConfig(seed_decisions=250, batch=128),
+        learning=LearningConfig(seed_decisions=250, updates_per_decision=1.0, batch=128),
     ),
     out="studies/quick",
 )
 
 STUDIES = {
-    "full": Choice(StudyConfig(), "four tasks, every arm, five sparsities, five seeds"),
-    "quick": Choice(_QUICK, "one task, six arms, two sparsities, two seeds, small networks"),
+    "full": Choice(StudyConfig(), "four tasks, every arm, four sparsities, five seeds"),
+    "quick": Choice(_QUICK, "one task, eight arms, one sparsity, two seeds, small networks"),
 }
 
 
@@ -376,4 +385,10 @@ class StudyCommand:
     def idle(self, given: Sequence[str]) -> Idle | None:
         """A given setting without effect."""
         name = among(given, "study", "study.", "job")
-        return Idle(name, "with report=…, which runs nothing") if name and self.report else None
+        if name and self.report:
+            return Idle(name, "with report=…, which runs nothing")
+        if "study.start_env_steps" in given and self.study.dense:
+            return Idle("study.start_env_steps", "with study.dense=…, whose agents are trained")
+        if "study.eval_every" in given and not self.study.env_steps:
+            return Idle("study.eval_every", "with study.env_steps=0")
+        return None

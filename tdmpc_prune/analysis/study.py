@@ -9,54 +9,42 @@ checkpoint. Several commands may work in one folder.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from tdmpc_prune.agent.controller import decision_milliseconds
-from tdmpc_prune.agent.world_model import Widths, WorldModel
-from tdmpc_prune.analysis import coefficients as optimize_coefficients
 from tdmpc_prune.analysis import study_pictures, study_report
-from tdmpc_prune.analysis.config import (
-    ARMS,
-    COEFFICIENTS,
-    DENSE,
-    REINITIALISED,
-    SMALL,
-    CoefficientsConfig,
-    StudyCommand,
-    StudyConfig,
+from tdmpc_prune.analysis.arms import ARMS, DENSE
+from tdmpc_prune.analysis.config import StudyCommand, StudyConfig
+from tdmpc_prune.analysis.study_job import (
+    FAILURES,
+    RESULT,
+    START,
+    Job,
+    check_dense,
+    run_arm,
+    run_start,
 )
-from tdmpc_prune.analysis.subject import load_subject
 from tdmpc_prune.envs import make_env
 from tdmpc_prune.errors import RunError, UserError
-from tdmpc_prune.evaluation import EVALUATION_SEED, evaluate
-from tdmpc_prune.machine import machine
-from tdmpc_prune.pruning.config import PruneConfig
+from tdmpc_prune.machine import commit, machine
 from tdmpc_prune.saving.agents import load_agent
 from tdmpc_prune.saving.files import read_json, write_file, write_json
-from tdmpc_prune.saving.run_folder import RunFolder
 from tdmpc_prune.settings import by_dotted_name
 from tdmpc_prune.signals import Stopped
-from tdmpc_prune.thresholds import back_at
-from tdmpc_prune.training import launch
-from tdmpc_prune.training.config import PruneCheckpointConfig, TrainConfig
-from tdmpc_prune.training.run import Run
-from tdmpc_prune.words import counted, folder_name
+from tdmpc_prune.words import counted
 
-START = "start"  # the dense agent that all arms of a seed begin with
-_RESULT, _FAILURES, _SETTINGS = "result.json", "failures.txt", "study.json"
+_SETTINGS = "study.json"
 _MAY_DIFFER = {  # among the results of one folder
     f"study.{name}" for name in ("tasks", "arms", "sparsities", "seeds", "device", "out")
 }
@@ -64,38 +52,6 @@ _ATTEMPTS = 2
 _FAILED = "the job failed:"  # the line above every traceback
 _TIMED = 11  # decisions of each agent, the agents in turn
 _NAMED = 5  # failed jobs that are named
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of the study."""
-
-    task: str
-    arm: str  # START, or one of `config.ARMS`
-    sparsity: float | None  # asked for; None where nothing is cut
-    seed: int
-
-    def folder(self, out: str) -> Path:
-        """Where it lies; every seed has its own."""
-        task = folder_name(self.task)
-        arm = self.arm if self.sparsity is None else f"{self.arm}-{self.sparsity:g}"
-        return Path(out) / task / arm.replace(" ", "-") / f"seed{self.seed}"
-
-    def name(self, config: StudyConfig) -> str:
-        """In few words, and which of the study's jobs it is."""
-        sparsity = "" if self.sparsity is None else f" {self.sparsity:g}"
-        everything = all_jobs(config)
-        place = f"{everything.index(self) + 1}/{len(everything)}"
-        return f"{place} {self.task} {self.arm}{sparsity} seed {self.seed}"
-
-    def __str__(self) -> str:
-        sparsity = "" if self.sparsity is None else f" at {self.sparsity:g}"
-        return f"{self.task}, {self.arm}{sparsity}, seed {self.seed}"
-
-    @property
-    def start(self) -> Job:
-        """The dense agent that it begins with."""
-        return replace(self, arm=START, sparsity=None)
 
 
 def jobs(config: StudyConfig) -> list[list[Job]]:
@@ -113,6 +69,14 @@ def all_jobs(config: StudyConfig) -> list[Job]:
     return [job for stage in jobs(config) for job in stage]
 
 
+def name_of(config: StudyConfig, job: Job) -> str:
+    """A job in few words, and which of the study's it is."""
+    sparsity = "" if job.sparsity is None else f" {job.sparsity:g}"
+    everything = all_jobs(config)
+    place = f"{everything.index(job) + 1}/{len(everything)}"
+    return f"{place} {job.task} {job.arm}{sparsity} seed {job.seed}"
+
+
 def pending(config: StudyConfig, stage: list[Job]) -> list[Job]:
     """Jobs of a stage that can be run, and are neither done nor given up."""
     return [
@@ -125,12 +89,12 @@ def pending(config: StudyConfig, stage: list[Job]) -> list[Job]:
 
 
 def done(config: StudyConfig, job: Job) -> bool:
-    return (job.folder(config.out) / _RESULT).is_file()
+    return (job.folder(config.out) / RESULT).is_file()
 
 
 def attempts(config: StudyConfig, job: Job) -> int:
     """How often a job has failed."""
-    path = job.folder(config.out) / _FAILURES
+    path = job.folder(config.out) / FAILURES
     return path.read_text().splitlines().count(_FAILED) if path.is_file() else 0
 
 
@@ -163,7 +127,7 @@ def claim_folder(config: StudyConfig) -> None:
 
 
 def _results(out: str) -> list[Path]:
-    return sorted(Path(out).glob(f"*/*/seed*/{_RESULT}"))
+    return sorted(Path(out).glob(f"*/*/seed*/{RESULT}"))
 
 
 def run_job(config: StudyConfig, job: Job) -> str | None:
@@ -182,27 +146,36 @@ def run_job(config: StudyConfig, job: Job) -> str | None:
 def _run_locked(config: StudyConfig, job: Job, folder: Path) -> str:
     began = time.perf_counter()
     try:
-        result = _run_start(config, job) if job.arm == START else _run_arm(config, job)
+        result = _run(config, job, name_of(config, job))
     except Stopped as stopped:
         print(f"'{job}' was {stopped}", file=sys.stderr)
         raise SystemExit(128 + stopped.signal_number) from stopped
     except Exception:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / _FAILURES).open("a") as file:
+        with (folder / FAILURES).open("a") as file:
             file.write(f"{_FAILED}\n{traceback.format_exc()}\n")
-        return f"{job.name(config)}: failed, see {folder / _FAILURES}"
-    result |= {"seconds": time.perf_counter() - began, "machine": machine()}
-    part = folder / f".{_RESULT}.part"
+        return f"{name_of(config, job)}: failed, see {folder / FAILURES}"
+    result |= {"seconds": time.perf_counter() - began, "machine": machine(), "commit": commit()}
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".{RESULT}.part"
     write_json(part, result)
-    part.replace(folder / _RESULT)
-    return f"{job.name(config)}: done in {_clock(result['seconds'])}; {_left(config)}"
+    part.replace(folder / RESULT)
+    return f"{name_of(config, job)}: done in {_clock(result['seconds'])}; {_left(config)}"
+
+
+def _run(config: StudyConfig, job: Job, name: str) -> dict[str, Any]:
+    if job.arm == START:
+        return run_start(config, job, name)
+    if not done(config, job.start):
+        raise RunError(f"'{job.start}' has no result, which '{job}' starts from")
+    return run_arm(config, job, read_json(job.start.folder(config.out) / RESULT), name)
 
 
 def _left(config: StudyConfig) -> str:
     """How many jobs are done, and how long the others may take."""
     everything = all_jobs(config)
     seconds = [
-        read_json(job.folder(config.out) / _RESULT)["seconds"]
+        read_json(job.folder(config.out) / RESULT)["seconds"]
         for job in everything
         if done(config, job)
     ]
@@ -229,6 +202,8 @@ def sweeps(command: StudyCommand) -> Iterator[tuple[str, str]]:
     everything = all_jobs(config)
     for task in config.tasks:
         make_env(task).close()
+    for start in jobs(config)[0] if config.dense else []:
+        check_dense(config, start)
     claim_folder(config)
     if command.job is not None:
         if not 0 <= command.job < len(everything):
@@ -263,12 +238,12 @@ def conclude(command: StudyCommand) -> Iterator[str]:
     yield f"{finished} of {len(everything)} jobs are done, the dense agents at the start included"
     failed = [job for job in everything if not done(config, job)]
     if failed:
-        files = [(job, job.folder(config.out) / _FAILURES) for job in failed[:_NAMED]]
+        files = [(job, job.folder(config.out) / FAILURES) for job in failed[:_NAMED]]
         names = "; ".join(f"'{job}' ({file})" for job, file in files)
         more = f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
         raise RunError(
             f"{len(failed)} jobs have no result: {names}{more}; those that failed twice are tried "
-            f"again when {_FAILURES} is deleted"
+            f"again when {FAILURES} is deleted"
         )
 
 
@@ -279,11 +254,12 @@ def collect(out: str) -> list[study_report.Result]:
     else the machine does meets all alike.
     """
     paths = [path for path in _results(out) if read_json(path)["job"]["arm"] != START]
-    agents = [load_agent(path.parent) for path in paths]
+    found = [read_json(path) for path in paths]
+    agents = [load_agent(p.parent / r["agent"]) for p, r in zip(paths, found, strict=True)]
     times = decision_milliseconds(*agents, repeats=_TIMED)
     results = [
-        study_report.of_job(read_json(path), float(np.median(own)))
-        for path, own in zip(paths, times, strict=True)
+        study_report.of_job(result, float(np.median(own)))
+        for result, own in zip(found, times, strict=True)
     ]
     return sorted(results, key=lambda r: (r.task, ARMS.index(r.arm), r.asked or 0, r.seed))
 
@@ -296,144 +272,3 @@ def _report(results: list[study_report.Result], path: Path) -> Iterator[str]:
     for name, image in study_pictures.pictures(results).items():
         write_file(path.with_name(f"{path.stem}-{name}.png"), image, "the report")
     yield f"written beside {path}: tables (.md) and pictures (.png)"
-
-
-# --- What a job does -------------------------------------------------------------------------
-
-
-def _run_start(config: StudyConfig, job: Job) -> dict[str, Any]:
-    settings = TrainConfig(
-        task=job.task,
-        model=config.model,
-        seed=job.seed,
-        env_steps=config.start_env_steps,
-        eval_every=max(1, config.start_env_steps // 5),
-        eval_episodes=config.episodes,
-        eval_least=config.episodes,
-        device=config.device,
-        run_dir=str(job.folder(config.out)),
-    )
-    run = _begun_or_resumed(settings)
-    returns = run.run(job.name(config)).returns
-    return {"job": vars(job), "returns": returns} | run.size()
-
-
-def _run_arm(config: StudyConfig, job: Job) -> dict[str, Any]:
-    start = job.start
-    if not done(config, start):
-        raise RunError(f"'{start}' has no result, which '{job}' starts from")
-    dense = read_json(start.folder(config.out) / _RESULT)
-    before = float(np.mean(dense["returns"]))
-    run = _run_of(config, job, str(start.folder(config.out)))
-    after = _new_networks_return(run, job) if job.arm == REINITIALISED else None
-    evaluation = run.run(job.name(config))
-    tracked = [e for e in run.folder.read_history("tracking") if e["moment"] == "after"]
-    if tracked:
-        after = tracked[0]["returns"]
-    began = 0 if job.arm == SMALL else run.config.env_steps - config.env_steps
-    curve = [(0, after)] if after else [(0, dense["returns"])] if job.arm == DENSE else []
-    curve += [(e["env_steps"] - began, e["returns"]) for e in run.folder.read_history("evaluation")]
-    back = [at for at, returns in curve if np.mean(returns) >= back_at(before)]
-    return {
-        "job": vars(job),
-        "before": before,
-        "after": after,
-        "recovery": back[0] if back else None,
-        "returns": evaluation.returns,
-        "curve": curve,
-        "env_steps": run.now,
-    } | run.size()
-
-
-def _run_of(config: StudyConfig, job: Job, start: str) -> Run:
-    """The run of an arm, new or taken up again."""
-    pruning = PruneCheckpointConfig(
-        checkpoint=start,
-        prune=_pruning(config, job),
-        env_steps=config.env_steps,
-        seed=job.seed,
-        device=config.device,
-        eval_every=config.eval_every,
-        eval_episodes=config.episodes,
-        eval_least=config.episodes,
-        run_dir=str(job.folder(config.out)),
-    )
-    settings = launch.pruning_run(pruning, [])
-    if job.arm not in (DENSE, SMALL, REINITIALISED):
-        if job.arm == COEFFICIENTS:
-            prune = replace(settings.prune, plan=_coefficients(config, job, start))
-            settings = replace(settings, prune=prune)
-        return _begun_or_resumed(settings)
-    settings = replace(settings, prune=PruneConfig())
-    if job.arm == SMALL:
-        settings = replace(settings, start_from=None, eval_every=config.start_env_steps)
-        pruning = replace(pruning, prune=replace(pruning.prune, allocation="uniform"))
-    if job.arm == DENSE or _has_checkpoint(settings):
-        return _begun_or_resumed(settings)
-    widths = launch.widths_after(pruning)
-    run = _begun_or_resumed(settings)
-    run.take_networks(_new_networks(widths, job))
-    run.save()  # before anything is learnt, so that it is never taken for a dense run
-    return run
-
-
-def _new_networks(widths: Widths, job: Job) -> WorldModel:
-    """Not those that the dense agent began with."""
-    return WorldModel(widths, torch.Generator().manual_seed(job.seed + 1_000))
-
-
-def _new_networks_return(run: Run, job: Job) -> list[float]:
-    """The returns right after the networks were initialised anew, whatever was learnt since."""
-    agent = run.trainee.agent()
-    anew = replace(agent, model=_new_networks(agent.model.widths, job))
-    path, episodes = run.trainee.choice.path, run.config.eval_episodes
-    return evaluate(anew, episodes, EVALUATION_SEED, decisions=path).returns
-
-
-def _pruning(config: StudyConfig, job: Job) -> PruneConfig:
-    """One plain cut at the start, never undone; arms without a metric take bayesian's."""
-    arms = (DENSE, SMALL, REINITIALISED, COEFFICIENTS)
-    return PruneConfig(
-        method="bayesian" if job.arm in arms else job.arm,
-        sparsity=job.sparsity or config.sparsities[0],
-        start=0.0,
-        end=0.0,
-        steps=1,
-        allocation=config.allocation,
-        refit=False,
-        min_width=config.min_width,
-        round_to=1,
-        max_return_drop=1e9,
-        compare=False,
-        eval_episodes=config.episodes,
-    )
-
-
-def _coefficients(config: StudyConfig, job: Job, start: str) -> str:
-    """The file of a plan whose coefficients were found by gradient descent."""
-    folder = job.folder(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "coefficients.json"
-    if not path.is_file():
-        prune = _pruning(config, job)
-        search = CoefficientsConfig(
-            checkpoint=start, sparsity=job.sparsity, largest=1.0, prune=prune, seed=job.seed
-        )
-        subject = load_subject(start, prune, config.episodes, job.seed)
-        optimize_coefficients.find(search, subject)[0].save(path)
-    return str(path)
-
-
-def _has_checkpoint(settings: TrainConfig) -> bool:
-    return bool(RunFolder(settings.run_dir).checkpoints())
-
-
-def _begun_or_resumed(settings: TrainConfig) -> Run:
-    """A run that was killed before its first checkpoint begins anew."""
-    folder = Path(settings.run_dir)
-    if _has_checkpoint(settings):
-        return launch.resume(replace(settings, resume=settings.run_dir), ["resume"])
-    for path in folder.glob("*"):
-        if path.name not in (_FAILURES, "coefficients.json"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return launch.start(settings, ["study.py"])

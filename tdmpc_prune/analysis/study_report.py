@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import trim_mean
 
-from tdmpc_prune.analysis.config import ARMS, REINITIALISED, SMALL
+from tdmpc_prune.analysis.arms import ARMS, RECIPES, REINITIALISED, SMALL, STUDENT
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.words import csv_text, table
 
@@ -43,6 +43,12 @@ class Result:
     end: float  # return at the end of the budget
     env_steps: int
     seconds: float
+    # What older studies did not keep:
+    budget: int | None = None  # env steps of training after the cut
+    cut_seconds: float | None = None  # CPU time of ranking, cut, refit and offline steps
+    updates: int | None = None  # of the training after it; of a small one from scratch: all
+    training_macs: int | None = None  # of these updates
+    commit: str | None = None
 
 
 READINGS: dict[str, Callable[[Result], float]] = {  # of a cut; more is better
@@ -55,8 +61,8 @@ _BETTER = {
     "recovery": "sooner back",
     "end": "more at the end",
 }
-_REFERENCES = ("magnitude", "random", REINITIALISED, SMALL)  # the arms to improve on
-_FEWEST = 3  # runs that are given an interval
+_REFERENCES = ("magnitude", "random", REINITIALISED, SMALL, STUDENT)  # the arms to improve on
+FEWEST = 3  # runs that are given an interval
 
 
 def _share(value: float, of: Result) -> float:
@@ -87,6 +93,11 @@ def of_job(result: dict[str, Any], decision_ms: float) -> Result:
         end=float(np.mean(result["returns"])),
         env_steps=result["env_steps"],
         seconds=result["seconds"],
+        budget=result["budget"],
+        cut_seconds=result["cut_seconds"],
+        updates=result["updates"],
+        training_macs=result["training_macs"],
+        commit=result["commit"],
     )
 
 
@@ -96,18 +107,21 @@ def as_csv(results: list[Result]) -> str:
 
 def of_csv(path: Path) -> list[Result]:
     """The results that `as_csv` wrote. Raises UserError: it is no such file, or has no runs."""
-    kinds: dict[str, Callable[[str], Any]] = {"task": str, "arm": str}
-    kinds |= dict.fromkeys(("seed", "parameters", "macs", "env_steps", "recovery"), int)
-    may_lack = ("asked", "after", "recovery")
+    kinds: dict[str, Callable[[str], Any]] = {"task": str, "arm": str, "commit": str}
+    whole = ("seed", "parameters", "macs", "env_steps", "recovery")
+    kinds |= dict.fromkeys((*whole, "budget", "updates", "training_macs"), int)
+    newer = ("budget", "cut_seconds", "updates", "training_macs", "commit")
+    may_lack = ("asked", "after", "recovery", *newer)
 
-    def value(name: str, text: str) -> Any:
+    def value(name: str, row: dict[str, str]) -> Any:
+        text = row.get(name, "") if name in newer else row[name]
         return None if text == "" and name in may_lack else kinds.get(name, float)(text)
 
     try:
         with path.open(newline="") as file:
             names = [field.name for field in fields(Result)]
             rows = csv.DictReader(file)
-            results = [Result(**{name: value(name, row[name]) for name in names}) for row in rows]
+            results = [Result(**{name: value(name, row) for name in names}) for row in rows]
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"'{path}' is no table of a study: {error!r}") from error
     runs = [(r.task, r.arm, r.asked, r.seed) for r in results]
@@ -174,10 +188,14 @@ def improvement_interval(
 def tables(results: list[Result]) -> str:
     """All that was found, as Markdown.
 
-    Of each task every cell (sparsity, arm), and the arms over all sparsities; with several tasks
-    also the arms over all of them.
+    The answer first: the arms that the question is about, on every task at every sparsity. Then of
+    each task every cell (sparsity, arm), and the arms over all sparsities; with several tasks also
+    the arms over all of them.
     """
     parts = []
+    if shown(results):
+        title = f"**{ending(results).capitalize()}, as a fraction of the dense return**"
+        parts = [title, _answer(results)]
     tasks = list(dict.fromkeys(r.task for r in results))
     for task in tasks:
         own = [r for r in results if r.task == task]
@@ -187,8 +205,39 @@ def tables(results: list[Result]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def no_budget(results: list[Result]) -> bool:
+    """Whether nothing was trained after the cut: then the end is right after it."""
+    return all(r.budget == 0 for r in results)
+
+
+def ending(results: list[Result]) -> str:
+    """What the reading at the end is of."""
+    return "return right after the cut" if no_budget(results) else "return at the end of the budget"
+
+
+def shown(results: list[Result]) -> list[str]:
+    """The arms that the question is about, the dense one left out: five at most."""
+    there = {r.arm for r in results}
+    recipe = next((arm for arm in RECIPES if arm in there), "")
+    wanted = (recipe, "bayesian refitted", "bayesian", STUDENT, SMALL)
+    return [arm for arm in wanted if arm in there]
+
+
+def _answer(results: list[Result]) -> str:
+    arms, rows = shown(results), []
+    cells = sorted({(r.task, r.asked) for r in results if r.arm in arms})
+    for task, asked in cells:
+        own = [r for r in results if (r.task, r.asked) == (task, asked)]
+        row = [task, f"{asked:g}"]
+        for arm in arms:
+            ends = np.array([READINGS["end"](r) for r in own if r.arm == arm])
+            row.append(f"{_iqm([ends], '.2f')} ({len(ends)})" if len(ends) else "")
+        rows.append(row)
+    return table(rows, ["task", "sparsity", *(f"{arm} (seeds)" for arm in arms)])
+
+
 def _cells(results: list[Result]) -> str:
-    rows = []
+    at_once, rows = no_budget(results), []
     for asked, arm in _order(results):
         own = [r for r in results if (r.asked, r.arm) == (asked, arm)]
         after = [r.after for r in own if r.after is not None]
@@ -200,14 +249,14 @@ def _cells(results: list[Result]) -> str:
                 f"{np.mean([r.parameters for r in own]):,.0f}",
                 f"{np.mean([r.macs for r in own]) / 1e6:.1f}",
                 f"{np.median([r.decision_ms for r in own]):.1f}",
-                _iqm([np.array(after)], ".0f") if after else "",
-                _recovered(own),
+                *([] if at_once else [_iqm([np.array(after)], ".0f") if after else ""]),
+                *([] if at_once else [_recovered(own)]),
                 _iqm([np.array([r.end for r in own])], ".0f"),
             )
         )
     names = ["sparsity", "arm", "seeds", "parameters", "million MACs", "ms per decision"]
-    names += ["return right after", "back at 95 %, median env steps", "return at the end"]
-    return table(rows, names)
+    names += [] if at_once else ["return right after", "back at 95 %, median env steps"]
+    return table(rows, [*names, ending(results) if at_once else "return at the end"])
 
 
 def _order(results: list[Result]) -> list[tuple[float | None, str]]:
@@ -254,23 +303,30 @@ def _overall(title: str, results: list[Result]) -> list[str]:
     strata, left_out = strata_of(results)
     if not strata:
         return []
+    at_once = no_budget(results)
     read = {
         (reading, arm): [np.array([value(r) for r in cell]) for cell in own]
         for reading, value in READINGS.items()
         for arm, own in strata.items()
-        if reading == "end" or arm != SMALL
+        if reading == "end" or not (arm == SMALL or at_once)
     }
     rows = []
     for arm, own in strata.items():
         runs = [r for cell in own for r in cell]
+        end = _iqm(read["end", arm], ".2f")
+        if at_once:
+            rows.append((arm, len(runs), end))
+            continue
         after = _iqm(read["right after", arm], ".2f") if arm != SMALL else ""
-        rows.append((arm, len(runs), after, _recovered(runs), _iqm(read["end", arm], ".2f")))
-    names = ["arm", "runs", "right after", "back at 95 %, median env steps", "at the end"]
+        rows.append((arm, len(runs), after, _recovered(runs), end))
+    names = ["right after", "back at 95 %, median env steps", "at the end"]
+    names = ["arm", "runs", *(names[:1] if at_once else names)]
     parts = [
         f"**{title}, all sparsities: fraction of the dense return{left_out}**",
         table(rows, names),
     ]
     for reading, better in _BETTER.items():
+        better = _BETTER["right after"] if at_once else better
         references = [arm for arm in _REFERENCES if (reading, arm) in read]
         rows = [
             [arm, *(_improvement(read, reading, arm, other) for other in references)]
@@ -280,7 +336,22 @@ def _overall(title: str, results: list[Result]) -> list[str]:
         if references:
             parts.append(f"**{title}, all sparsities: probability of being {better} than …**")
             parts.append(table(rows, ["arm", *references]))
-    return parts
+    return [*parts, *_costs(title, strata)]
+
+
+def _costs(title: str, strata: dict[str, list[list[Result]]]) -> list[str]:
+    """What an arm costs beside the dense agent; of older studies nothing."""
+    rows = []
+    for arm, own in strata.items():
+        runs = [r for cell in own for r in cell if r.training_macs is not None]
+        cuts = [r.cut_seconds for r in runs if r.cut_seconds is not None]
+        if runs:
+            updates = np.median([r.updates for r in runs])
+            macs = np.median([r.training_macs for r in runs]) / 1e12
+            seconds = f"{np.median(cuts):.1f}" if cuts else ""
+            rows.append((arm, seconds, f"{updates:,.0f}", f"{macs:.3g}"))
+    names = ["arm", "CPU seconds of the cut", "updates after it", "10^12 MACs of the updates"]
+    return [f"**{title}, all sparsities: costs, medians**", table(rows, names)] if rows else []
 
 
 def _improvement(read: dict, reading: str, arm: str, other: str) -> str:
@@ -291,7 +362,7 @@ def _improvement(read: dict, reading: str, arm: str, other: str) -> str:
 
 def _iqm(strata: list[np.ndarray], form: str) -> str:
     values = iqm_interval(strata)
-    return _shown(values, form) if sum(map(len, strata)) >= _FEWEST else format(values[0], form)
+    return _shown(values, form) if sum(map(len, strata)) >= FEWEST else format(values[0], form)
 
 
 def _shown(values: tuple[float, float, float], form: str) -> str:

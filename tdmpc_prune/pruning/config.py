@@ -11,9 +11,11 @@ GRADIENT_METRICS = ("bayesian", "fisher", "fisher_increase", "gradient", "taylor
 
 METRICS = (*GRADIENT_METRICS, "magnitude", "random")
 
+L2 = "magnitude_l2"  # what magnitude was before: not tracked unless it is asked for
+
 BY_DATA = ("compensated", "reconstruction")  # what units add to what the others say
 
-ALL_METHODS = ("none", *METRICS, *BY_DATA)
+ALL_METHODS = ("none", *METRICS, L2, *BY_DATA)
 
 SHAPES = ("cosine", "linear", "cubic")
 
@@ -160,7 +162,7 @@ class PruneConfig:
     def tracked(self) -> tuple[str, ...]:
         """The metrics that are computed on the way."""
         if self.compare:
-            return METRICS
+            return (*METRICS, L2) if self.method == L2 else METRICS
         return () if self.by_data else (self.method,)
 
 
@@ -170,7 +172,8 @@ _MEANINGS = {
     "fisher_increase": "squared gradient × weight: what a removal would change",
     "gradient": "absolute gradients",
     "taylor": "absolute gradient × weight",
-    "magnitude": "norm of the weights",
+    "magnitude": "root mean square of the weights",
+    L2: "norm of the weights per parameter, by which units of many weights look cheap",
     "random": "chance, to compare with",
 }
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tdmpc_prune.pruning.config import PruneConfig
+from tdmpc_prune.pruning.config import L2, PruneConfig
 from tdmpc_prune.pruning.schedule import shape_at
 from tdmpc_prune.pruning.structure import Structure
 
@@ -163,14 +163,14 @@ class Tracker:
         0 (current evidence alone) to 1 (historical alone).
 
         Args:
-            metric: one of `METRICS`.
+            metric: one of `METRICS`, or "magnitude_l2".
             network: the counted network (for `magnitude`).
             progress: the part of the pruning schedule that lies behind.
         """
         if metric == "random":
             return self._random.numpy().copy()
-        if metric == "magnitude":
-            return self._magnitude(network)
+        if metric in ("magnitude", L2):
+            return self._magnitude(network, metric)
         statistic = self._statistics.index(_STATISTIC_OF[metric])
         current, historical = self._smoothed(statistic)
         if metric == "bayesian":
@@ -201,14 +201,20 @@ class Tracker:
             )
         return bound
 
-    def _magnitude(self, network: nn.Module) -> np.ndarray:
-        """L2 norm of a unit's parameters, per parameter."""
+    def _magnitude(self, network: nn.Module, metric: str) -> np.ndarray:
+        """Root mean square of a unit's parameters; of `magnitude_l2` their L2 norm per parameter.
+
+        A norm grows with the root of their number: divided by the number itself, it calls a unit of
+        many parameters cheap, whatever they are. Units of one group have equally many, so that the
+        two order each group alike and differ in how much they take from which.
+        """
         squares = torch.zeros(self._count + 1, device=self.parameters.device)
         for name, parameter in network.named_parameters():
             for dim, index in self._places[name]:
                 squares.index_add_(0, index, _sum_except(parameter.detach().square(), dim))
-        norms = squares[:-1].double().sqrt() / self.parameters
-        return norms.cpu().numpy()
+        squares, count = squares[:-1].double(), self.parameters
+        densities = squares.sqrt() / count if metric == L2 else (squares / count).sqrt()
+        return densities.cpu().numpy()
 
     # --- Surgery and saving -----------------------------------------------------------------
 

@@ -10,6 +10,8 @@ it stays cut, the `Pruner` decides; here is what surrounds it in a run.
 from __future__ import annotations
 
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,7 @@ class Run:
         self.config = config = trainee.config
         self.commands: list[str] = []  # that led to these networks, their parents' first
         self.measured: Measured | None = None  # the last
+        self.pruning_seconds = 0.0  # of CPU time, in this process: gathering, cutting, mending
         self._measured_version: list[int] | None = None  # of the networks that it is of
         if config.start_from:
             self._take_over(config.start_from)
@@ -154,24 +157,29 @@ class Run:
         if trainee.unfinished:
             self._advance()
         elif due == "gather":
-            self._gather()
+            self._timed(self._gather)
         elif trainee.owes_updates:
             self._advance()
         elif due == "measure":
             self._measure()
         elif due == "mend":
-            self._mend()
+            self._timed(self._mend)
         elif due == "undo":
             self._undo()
         elif self.now >= self.clocks.next_evaluation:
             self._evaluate()  # before a cut that is due at the same time
         elif due == "cut":
-            self._cut()
+            self._timed(self._cut)
         elif self.now >= trainee.end:
             return False
         else:
             self._advance()
         return True
+
+    def _timed(self, step: Callable[[], None]) -> None:
+        began = time.process_time()
+        step()
+        self.pruning_seconds += time.process_time() - began
 
     # --- Training and evaluating -----------------------------------------------------------
 

@@ -78,35 +78,13 @@ def teach(config: DistilConfig, command: str) -> Taught:
         NonFiniteLoss: see `distil`.
     """
     teacher = _teacher(config)
-    run = _gathered(config, teacher)
-    trainee, structure = run.trainee, run.pruner.structure
-    calibration = trainee.calibration()
-    gains = rank_by_data(structure, trainee.computation(), calibration)
-    plan = _plan(config, structure, gains, run.pruner.facts.dense)
-    whole = WorldModel(trainee.model.widths)
-    whole.load_state_dict(gains.weights.get("model", trainee.model.state_dict()))
-    pool = trainee.pool(whole)
-    commit(plan, structure, trainee.computation())
-    student = WorldModel(
-        trainee.model.widths, torch.Generator().manual_seed(config.seed + _SEED)
-    ).to(trainee.device)
-    whole.to(trainee.device)
-    refit(
-        plan,
-        structure,
-        whole,
-        {"model": student},
-        calibration.only(last_layers(whole).__contains__),
-    )
+    student, whole, teaching, plan = fit(config, teacher)
 
     def measured(model: WorldModel) -> Evaluation:
         return evaluate(replace(teacher, model=model), config.eval_episodes, EVALUATION_SEED)
 
     before = measured(whole)
     fitted = measured(student)
-    teaching = Teaching.of(
-        whole, pool, latent_channels(kept_channels(plan, structure, whole), whole)
-    )
     distil(student, teaching, config.steps, seed=config.seed)
     distilled = measured(student)
     said = {
@@ -133,6 +111,42 @@ def teach(config: DistilConfig, command: str) -> Taught:
     )
     agent.provenance["pruning"] = said | agent.size()
     return Taught(agent, before, fitted, distilled)
+
+
+def fit(config: DistilConfig, teacher: Agent) -> tuple[WorldModel, WorldModel, Teaching, Plan]:
+    """A student with random weights whose last layers are fitted, before it is distilled.
+
+    Returns:
+        The student; its teacher in the basis that its latent is of; what it is to be taught; and
+        its widths, as what goes from the teacher's.
+
+    Raises:
+        UserError: see `teach`.
+    """
+    run = _gathered(config, teacher)
+    trainee, structure = run.trainee, run.pruner.structure
+    calibration = trainee.calibration()
+    gains = rank_by_data(structure, trainee.computation(), calibration)
+    plan = _plan(config, structure, gains, run.pruner.facts.dense)
+    whole = WorldModel(trainee.model.widths)
+    whole.load_state_dict(gains.weights.get("model", trainee.model.state_dict()))
+    pool = trainee.pool(whole)
+    commit(plan, structure, trainee.computation())
+    student = WorldModel(
+        trainee.model.widths, torch.Generator().manual_seed(config.seed + _SEED)
+    ).to(trainee.device)
+    whole.to(trainee.device)
+    refit(
+        plan,
+        structure,
+        whole,
+        {"model": student},
+        calibration.only(last_layers(whole).__contains__),
+    )
+    teaching = Teaching.of(
+        whole, pool, latent_channels(kept_channels(plan, structure, whole), whole)
+    )
+    return student, whole, teaching, plan
 
 
 def _teacher(config: DistilConfig) -> Agent:
