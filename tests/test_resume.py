@@ -163,7 +163,8 @@ def command(folder, *overrides):
     settings = ["task=gym:tests.synthetic:Reach-v0", "env_steps=200", "eval_every=60"]
     settings += ["eval_episodes=2", "device=cpu", f"run_dir={folder / 'run'}"]
     for part in ("network", "planner", "learning"):
-        settings += [f"model.{part}.{k}={v}" for k, v in vars(getattr(AGENT, part)).items()]
+        given = vars(getattr(AGENT, part)).items()
+        settings += [f"model.{part}.{k}={'null' if v is None else v}" for k, v in given]
     return subprocess.Popen(
         [sys.executable, str(ROOT / "scripts/train.py"), *settings, *overrides],
         cwd=folder,
