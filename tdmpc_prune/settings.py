@@ -41,6 +41,7 @@ def setting(
     unused: Iterable[str] = (),
     positional: bool = False,
     formerly: str | None = None,
+    before: Any = None,
 ):
     """A field with its documentation, which `--help` prints.
 
@@ -52,6 +53,8 @@ def setting(
         unused: of a group of settings: those that have no effect in this command.
         positional: whether an argument without a name means it.
         formerly: the name that it had, which may still be typed.
+        before: what a file means that was written before there was this setting; None is the
+            default.
     """
     metadata = {
         "help": text,
@@ -59,6 +62,7 @@ def setting(
         "unused": tuple(unused),
         "positional": positional,
         "formerly": formerly,
+        "before": before,
     }
     if callable(default):
         return field(default_factory=default, metadata=metadata)
@@ -187,7 +191,20 @@ def from_plain(schema: type, values: dict[str, Any]) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
+        values = _with_what_was_meant(schema, values)
         merged = OmegaConf.merge(thawed(schema), OmegaConf.create(values))
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"{schema.__name__}: {str(error).splitlines()[0]}") from error
+
+
+def _with_what_was_meant(schema: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The values, with those of settings that there were not yet when they were written."""
+    values = dict(values)
+    for item in dataclasses.fields(schema):
+        value, before = values.get(item.name), item.metadata.get("before")
+        if item.name not in values and before is not None:
+            values[item.name] = before
+        elif isinstance(value, dict) and dataclasses.is_dataclass(item.default_factory):
+            values[item.name] = _with_what_was_meant(item.default_factory, value)
+    return values

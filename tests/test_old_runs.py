@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 
+from tdmpc_prune.agent.config import LearningConfig
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.saving.agents import load_agent
 from tdmpc_prune.saving.autoencoders import load_autoencoder
@@ -82,3 +83,10 @@ def test_a_run_begun_before_goes_on_to_its_end(
     for number, step in enumerate(steps, 1):
         assert size(LOAD[kind](folder / "agents" / f"step-{number}")) == step["parameters"]
     assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_an_older_run_explores_as_it_began():
+    """Settings that there were not yet mean what was done then, not the default of today."""
+    learning = load_agent(BEFORE / "agent").config.learning
+    assert (learning.exploration, learning.curiosity) == ("white", 0)
+    assert (LearningConfig().exploration, LearningConfig().curiosity) != ("white", 0)

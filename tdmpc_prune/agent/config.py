@@ -120,9 +120,13 @@ class LearningConfig:
     priority_exponent: float = setting(0.6, "alpha of prioritised replay; 0 samples uniformly")
     priority_correction: float = setting(0.4, "beta of prioritised replay")
     buffer_decisions: int = setting(1_000_000, "decisions that the replay buffer holds")
-    exploration: str = setting("pink", "noise on executed actions: pink (slow and fast), or white")
+    exploration: str = setting(
+        "pink",
+        "noise on executed actions: pink (slow and fast); or white, after uniform first actions",
+        before="white",
+    )
     curiosity: float = setting(
-        0.3, "reward for what was rarely seen, until rewards are met; 0 is none"
+        0.3, "reward for what was rarely seen, until rewards are met; 0 is none", before=0.0
     )
 
     def __post_init__(self):
