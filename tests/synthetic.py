@@ -45,21 +45,6 @@ class Ledge(Reach):
         return self._observe(), 1 + self.x, self.x > 1, False, {}
 
 
-class Far(Reach):
-    """Pays nothing but beyond 1.15, twelve of twenty steps at full speed from the start."""
-
-    speed = 0.1
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.x = 0.0
-        return self._observe(), {}
-
-    def step(self, action):
-        self.x = float(np.clip(self.x + self.speed * action[0] / 3, -2, 2))
-        return self._observe(), float(self.x > 1.15), False, False, {}
-
-
 class OneStep(Reach):
     """Terminates after its first step."""
 

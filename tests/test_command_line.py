@@ -42,7 +42,7 @@ from tests.commands import ROOT, SMALL, run, run_process
         (["model.planner.elites=300"], "elites=300 cannot exceed model.planner.samples=256"),
         (["model.planner.horizon=0"], "model.planner.horizon=0 must be at least 1"),
         (["model.learning.discount=1.5"], "discount=1.5 must lie in"),
-        (["model.learning.buffer_decisions=5"], "must exceed model.learning.horizon=5"),
+        (["model.learning.buffer_decisions=3"], "must exceed model.learning.horizon=3"),
         (["env_steps=-1"], "env_steps=-1 must be at least 1"),
         (["action_repeat=0"], "action_repeat=0 must be at least 1"),
         (["model=papr"], "the choices are default, paper"),

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdmpc_prune.agent.exploration import Novelty, pink_noise
+from tdmpc_prune.agent.learner import Learner
 from tdmpc_prune.training import launch
 from tdmpc_prune.training.agent import Progress
 from tests.small import AGENT, small_config
@@ -64,27 +65,30 @@ def test_schedules_begin_when_rewards_are_met(tmp_path, task, met):
     assert floors[-1] == pytest.approx(0.05 if met else 0.5)
 
 
-def test_curiosity_brings_it_where_rewards_are(tmp_path):
-    """Twelve steps one way, before which nothing pays: noise alone takes longer."""
+@pytest.mark.parametrize(("curiosity", "most"), [(0.3, 0.33), (0.0, 0.0)])
+def test_while_nothing_is_rewarded_the_unknown_is(tmp_path, monkeypatch, curiosity, most):
+    """`InPlace` pays nothing, ever."""
+    paid, update = [], Learner.update
 
-    def blind(curiosity):
-        model = replace(LEARNER, learning=replace(LEARNER.learning, curiosity=curiosity))
-        config = small_config(
-            tmp_path / str(curiosity), model=model, task="gym:tests.synthetic:Far-v0"
-        )
-        trainer = launch.start(replace(config, env_steps=1000, eval_every=1000), [])
-        trainer.run()
-        assert trainer.trainee.progress.met
-        return trainer.trainee.progress.blind
+    def look(learner, batch, *given, **named):
+        paid.append(batch.rewards)
+        return update(learner, batch, *given, **named)
 
-    assert blind(0.3) < 0.7 * blind(0.0)
+    monkeypatch.setattr(Learner, "update", look)
+    model = replace(AGENT, learning=replace(AGENT.learning, curiosity=curiosity))
+    task = "gym:tests.synthetic:InPlace-v0"
+    launch.start(small_config(tmp_path, task=task, model=model, env_steps=100), []).run()
+    assert len(paid) == 100
+    assert all(((rewards > 0) == (most > 0)).all() for rewards in paid)
+    assert all((rewards <= most).all() for rewards in paid)
 
 
-LEARNER = replace(
-    AGENT,
-    planner=replace(AGENT.planner, iterations=3, samples=48, elites=8),
-    learning=replace(AGENT.learning, seed_decisions=200, batch=32, buffer_decisions=5000),
-)
+def test_it_is_not_once_rewards_are_met(tmp_path, monkeypatch):
+    def asked(*given):
+        raise AssertionError("how novel an observation is was asked for")
+
+    monkeypatch.setattr("tdmpc_prune.training.agent.Novelty", asked)
+    launch.start(small_config(tmp_path, env_steps=100), []).run()
 
 
 def scalars(trainer):
