@@ -68,7 +68,9 @@ class PruneConfig:
     )
     protect: list[str] = setting(list, "groups, components or `coupling` that are not cut")
     max_return_drop: float = setting(
-        0.1, "a step is undone if its return stays lower than this fraction below the best so far"
+        0.1,
+        "a step is undone if its return stays lower than this fraction below the best so far; than "
+        "twice that, if it was not so low right after the cut",
     )
     eval_episodes: int = setting(
         5, "episodes of each measurement around a cut; at most as many as an evaluation has"
