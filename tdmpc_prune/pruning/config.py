@@ -70,7 +70,7 @@ class PruneConfig:
     max_return_drop: float = setting(
         0.1,
         "a step is undone if its return stays lower than this fraction below the best so far; than "
-        "twice that, if it was not so low right after the cut",
+        "twice that, and for longer, if it was not so low right after the cut",
     )
     eval_episodes: int = setting(
         5, "episodes of each measurement around a cut; at most as many as an evaluation has"

@@ -314,7 +314,11 @@ class Pruner:
             record["recovery"] = now - record["cut_at"]
         if now < record["until"]:
             return "recovering", record
-        least = self._least_after(record)
+        harmless, least = self._least_after(record)
+        later = min(now + self.schedule.spacing, self.facts.last)
+        if harmless and values["mean"] < least and later > now and "waited" not in record:
+            record |= {"waited": True, "until": later}
+            return "recovering", record
         trained = record["until"] > record["cut_at"]  # else there was no recovery to judge
         record |= {"recovered": values, "least": least}
         record["kept"] = values["mean"] >= least or not trained
@@ -324,16 +328,16 @@ class Pruner:
             self._before_cut, self._made = {}, None
         return ("recovered" if record["kept"] else "not recovered"), record
 
-    def _least_after(self, record: dict[str, Any]) -> float:
-        """The score from which a cut is kept (ours).
+    def _least_after(self, record: dict[str, Any]) -> tuple[bool, float]:
+        """Whether a cut had cost less than may be lost, and the score from which it is kept (ours).
 
-        Training moves a score by itself. A cut that had cost less than may be lost is to blame for
-        what came later only where that is more than twice as much.
+        Training moves a score by itself. A cut that was harmless at once is to blame for what came
+        later only where that is more than twice as much, after a second stretch of training, too.
         """
         drop, reference = self.config.max_return_drop, self.stage.reference
         at_once = record.get("mended", record["after"])["mean"]
         harmless = at_once >= least_of(reference, drop)
-        return least_of(reference, 2 * drop if harmless else drop)
+        return harmless, least_of(reference, 2 * drop if harmless else drop)
 
     def _judge_mending(self, values: dict[str, float], back: bool) -> str:
         """Keep what offline steps have made better; say whether they have."""
