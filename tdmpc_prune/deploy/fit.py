@@ -223,7 +223,7 @@ def _budget(planner: PlannerConfig, samples: int, iterations: int, horizon: int)
         horizon=horizon,
         elites=max(1, round(samples * planner.elites / planner.samples)),
         policy_fraction=np.ceil(1e4 * policy / samples).item() / 1e4,
-        start_horizon=None,  # of training
+        start_horizon=planner.start_horizon and min(planner.start_horizon, horizon),
     )
 
 
