@@ -23,6 +23,7 @@ from tdmpc_prune.analysis.study_report import (
 )
 from tdmpc_prune.saving.files import png
 
+_LEGEND_COLUMN = 2.4  # inches
 _BAND = 0.6  # width of what is drawn at one sparsity, in halvings of the parameters
 
 
@@ -204,7 +205,10 @@ def _legend(figure: Figure) -> None:
     for axis in figure.axes:
         own, labels = axis.get_legend_handles_labels()
         handles |= dict(zip(labels, own, strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, fontsize=8)
+    columns = max(1, min(5, int(figure.get_figwidth() // _LEGEND_COLUMN)))
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=8
+    )
 
 
 def _against_cost(results: list[Result]) -> Figure:
