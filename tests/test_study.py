@@ -575,6 +575,14 @@ def test_a_file_that_is_no_table_is_refused(tmp_path):
 # --- What the pages say ----------------------------------------------------------------------
 
 
+def test_the_page_of_the_second_study_shows_its_csv():
+    shown = ROOT / ".readme"
+    tables = study_report.tables(study_report.of_csv(shown / "study-at-once.csv")).splitlines()
+    page = (shown / "study-at-once.md").read_text().splitlines()
+    rows = [line for line in page if line.startswith("|")]
+    assert len(rows) > 20 and set(rows) <= set(tables)
+
+
 def test_the_study_on_file_is_what_its_csv_says():
     """Tables on its page and beside the CSV, and every number in the words, the README's too."""
     shown = ROOT / ".readme"

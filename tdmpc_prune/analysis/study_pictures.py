@@ -206,9 +206,7 @@ def _legend(figure: Figure) -> None:
         own, labels = axis.get_legend_handles_labels()
         handles |= dict(zip(labels, own, strict=True))
     columns = max(1, min(5, int(figure.get_figwidth() // _LEGEND_COLUMN)))
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=8
-    )
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def _against_cost(results: list[Result]) -> Figure:
