@@ -108,6 +108,7 @@ def test_a_run_plays_whole_at_its_end_and_before_its_first_cut(steady):
     folder = RunFolder(steady)
     evaluations = folder.read_history("evaluation")
     assert [len(e["returns"]) for e in evaluations] == [3, 3, 3, 6]
+    assert evaluations[0]["updates"] > 0
     assert all(e["mean_return"] == REACH_STEPS for e in evaluations)
     first, *others = folder.read_history("tracking")
     assert (first["moment"], len(first["returns"])) == ("before", 5)
@@ -119,18 +120,29 @@ def test_a_measurement_that_was_known_is_enough_unless_all_are_wanted(tmp_path):
     run = launch.start(steady_config(tmp_path / "run"), [])
     made = []
 
-    def measure(samples, whole, *rest):
-        made.append((samples, whole))
-        count = samples if whole else 3
-        return Evaluation([7.0] * count, 1, 1.0, known=not whole)
+    def measure(samples, least, *rest):
+        made.append((samples, least))
+        return Evaluation([7.0] * (least or 3), 1, 1.0, known=(least or 3) < samples)
 
     run.trainee.measure = measure
     run.log = type("Quiet", (), {"progress": lambda *_, **__: None})()
     assert len(run.measure(6)) == len(run.measure(5)) == len(run.measure(6)) == 3
-    assert made == [(6, False)]
-    assert len(run.measure(6, whole=True)) == 6
-    assert len(run.measure(5)) == 5 and len(run.measure(6, whole=True)) == 6
-    assert made == [(6, False), (6, True)]
+    assert made == [(6, None)]
+    assert len(run.measure(6, least=5)) == len(run.measure(6)) == 5
+    assert len(run.measure(6, least=6)) == 6
+    assert len(run.measure(5)) == 5 and len(run.measure(6, least=6)) == 6
+    assert made == [(6, None), (6, 5), (6, 6)]
+
+
+def test_networks_that_have_learnt_nothing_get_the_fewest_episodes(tmp_path):
+    settings = small_config(tmp_path / "run", eval_episodes=6)
+    trainee = launch.start(settings, []).trainee
+    assert trainee.choice.path == "native" and not trainee.learner.updates
+    # Returns of random networks differ: their mean is not known after three.
+    assert len(trainee.measure(6, None, lambda: False, None)) == 3
+    assert len(trainee.measure(6, 6, lambda: False, None)) == 6
+    trainee.learner.updates = 1
+    assert len(trainee.measure(6, None, lambda: False, None)) == 6
 
 
 def test_a_run_with_evaluations_that_end_early_resumes_exactly(steady, tmp_path):

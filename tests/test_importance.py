@@ -1,6 +1,7 @@
 """Importance: formulas against plain loops, the posterior against sampling, known answers."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from tdmpc_prune.pruning.groups import find_groups
 from tdmpc_prune.pruning.importance import Tracker, credible_bound, fit_prior, posterior, weight_sum
 from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.surgery import commit, kept_units
+from tdmpc_prune.training import launch
+from tests.small import AGENT, small_config
 
 
 def make_net(seed=0):
@@ -303,3 +306,14 @@ def test_a_width_that_is_cut_to_one_unit_is_tracked_no_longer():
         assert name not in left.widths
         train_step(net, tracker, 1)
         assert len(tracker.densities("bayesian", net)) == sum(left.widths.values())
+
+
+@pytest.mark.parametrize(("updates", "seen"), [(0.5, 100), (1.0, 200), (3.0, 200)])
+def test_a_run_shows_importance_one_update_per_decision(tmp_path, updates, seen):
+    learning = replace(AGENT.learning, updates_per_decision=updates)
+    settings = small_config(tmp_path / "run", model=replace(AGENT, learning=learning))
+    run, shown = launch.start(settings, []), []
+    run.trainee.learner.gradient_hooks.append(lambda loss, parameters: shown.append(loss))
+    run.run()
+    assert run.trainee.learner.updates == 200 * updates
+    assert shown == ["model_loss", "policy_loss"] * seen

@@ -128,6 +128,17 @@ def test_each_loss_trains_its_own_parameters():
     assert not torch.equal(learner.model.state_dict()["policy.0.weight"], before["policy.0.weight"])
 
 
+def test_hooks_are_left_out_of_updates_that_are_not_watched():
+    seen, models = [], []
+    for watched in (True, False):
+        learner = Learner(make_model(), PLANNER, LEARNING)
+        learner.gradient_hooks.append(lambda loss, parameters, by=watched: seen.append(by))
+        learner.update(make_batch(), torch.Generator().manual_seed(0), watched=watched)
+        models.append(learner.model.state_dict())
+    assert seen == [True, True]  # of either loss
+    assert all(torch.equal(weights, models[1][name]) for name, weights in models[0].items())
+
+
 def test_gradients_are_clipped():
     learner = Learner(make_model(), PLANNER, replace(LEARNING, gradient_clip=1e-3))
     norms = []

@@ -127,7 +127,7 @@ class Adam(torch.optim.Adam):
 class Learner:
     """The networks that learn, their targets and optimisers, and the update.
 
-    A hook in `gradient_hooks` is called as `hook(loss, parameters)` at each update, once with
+    A hook in `gradient_hooks` is called as `hook(loss, parameters)` at an update, once with
     "model_loss" and once with "policy_loss", after the backward pass of that loss and before its
     optimiser step. `parameters` are those that the loss trains, with their names; their gradients
     are in `.grad`, scaled and clipped as the optimiser will see them.
@@ -179,7 +179,11 @@ class Learner:
         return next(self.model.parameters()).device
 
     def update(
-        self, batch: Batch, generator: torch.Generator, learn: bool = True
+        self,
+        batch: Batch,
+        generator: torch.Generator,
+        learn: bool = True,
+        watched: bool = True,
     ) -> tuple[dict[str, float], np.ndarray]:
         """One update of model, policy and (when due) target networks.
 
@@ -187,6 +191,7 @@ class Learner:
             batch: of tensors.
             generator: of the policy's noise.
             learn: False changes nothing: only the hooks see the gradients.
+            watched: False leaves out the hooks.
 
         Returns:
             Losses and gradient norms by name, and the new priorities `[B]` of the batch.
@@ -206,9 +211,9 @@ class Learner:
 
         terms, priorities, latents = self._model_gradients(batch, noise[:horizon])
         metrics = self._checked(terms)
-        self._step("model_loss", learn)
+        self._step("model_loss", learn, watched)
         metrics |= self._checked(self._policy_gradients(batch, latents, noise[horizon:]))
-        self._step("policy_loss", learn)
+        self._step("policy_loss", learn, watched)
 
         if not learn:
             return metrics, priorities
@@ -272,8 +277,8 @@ class Learner:
         parts = (self.model, self.target, self._trained, self.optimisers, self.config)
         return FusedUpdate(library, *parts)
 
-    def _step(self, loss: str, learn: bool) -> None:
-        for hook in self.gradient_hooks:
+    def _step(self, loss: str, learn: bool, watched: bool) -> None:
+        for hook in self.gradient_hooks if watched else ():
             hook(loss, self._trained[loss])
         if not learn:
             return

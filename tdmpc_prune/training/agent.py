@@ -339,7 +339,10 @@ class AgentTraining:
             batch = replace(
                 batch, rewards=batch.rewards + learning.curiosity * self._unknown(batch)
             )
-        metrics, priorities = self.learner.update(batch, self.generator)
+        # Importance is seen once per decision: a gradient hardly differs from the next.
+        every = max(1, round(learning.updates_per_decision))
+        watched = self.learner.updates % every == 0
+        metrics, priorities = self.learner.update(batch, self.generator, watched=watched)
         self.replay.set_priorities(starts, priorities)
         self.progress.updates_due -= 1
         milliseconds = _milliseconds(began)
@@ -372,9 +375,12 @@ class AgentTraining:
     # --- What it is now ---------------------------------------------------------------------
 
     def measure(
-        self, samples: int, whole: bool, interrupted: Callable[[], bool], log: RunLog
+        self, samples: int, least: int | None, interrupted: Callable[[], bool], log: RunLog
     ) -> Evaluation | None:
         broken: list[StepError] = []
+        least = least or self.config.eval_least
+        if self.choice.path == "native" and not self.learner.updates:
+            samples = min(samples, least)  # nothing has been learnt that is worth more
         evaluation = evaluate(
             self.agent(),
             samples,
@@ -382,7 +388,7 @@ class AgentTraining:
             interrupted=interrupted,
             broken=broken.append,
             decisions=self.choice.path,
-            least=None if whole else self.config.eval_least,
+            least=least,
         )
         if evaluation is not None:
             for error in broken:  # their returns are those up to there

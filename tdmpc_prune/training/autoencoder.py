@@ -126,7 +126,7 @@ class AutoencoderTraining:
 
     @torch.no_grad()
     def measure(
-        self, samples: int, whole: bool, interrupted: Callable[[], bool], log: RunLog
+        self, samples: int, least: int | None, interrupted: Callable[[], bool], log: RunLog
     ) -> Fidelity:
         images = self.images.test[:samples]
         return Fidelity(psnr(images, self.model(images)).tolist())

@@ -51,7 +51,8 @@ def _together(config: Any, given: Sequence[str]) -> Idle | None:
 
 EVAL_LEAST = (
     "episodes after which an evaluation by the planner in C may end: once the standard error of "
-    "the mean is below 1 %; the first before a cut and the last are whole; eval_episodes plays all"
+    "the mean is below 1 %, or nothing has been learnt yet; the last is whole; eval_episodes plays "
+    "all"
 )
 
 

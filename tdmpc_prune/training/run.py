@@ -204,7 +204,8 @@ class Run:
 
     def _evaluate(self) -> None:
         """Evaluate and save; nothing if a signal comes meanwhile."""
-        measured = self.measure(self.trainee.samples[0], whole=self.now >= self.trainee.end)
+        episodes = self.trainee.samples[0]
+        measured = self.measure(episodes, episodes if self.now >= self.trainee.end else None)
         if measured is None:
             return
         trainee, now, score = self.trainee, self.now, self.trainee.score
@@ -236,23 +237,23 @@ class Run:
         later = (now // self.config.eval_every + 1) * self.config.eval_every
         return min(later, self.trainee.end) if now < self.trainee.end else later
 
-    def measure(self, samples: int, whole: bool = False) -> Measured | None:
+    def measure(self, samples: int, least: int | None = None) -> Measured | None:
         """The present networks' score; it is not measured again if nothing changed since.
 
         Args:
             samples: episodes or images.
-            whole: all of them, even if the score is known before.
+            least: so many, even if the score is known before; None is as configured.
 
         Returns:
             None if a signal comes meanwhile.
         """
         version, latest = self._version(), self.measured
         if self._measured_version == version and (
-            len(latest) >= samples or (latest.known and not whole)
+            len(latest) >= samples or (latest.known and len(latest) >= (least or 0))
         ):
             return latest.first(samples)
         self.log.progress(doing="evaluating")
-        measured = self.trainee.measure(samples, whole, lambda: bool(self._stop_request), self.log)
+        measured = self.trainee.measure(samples, least, lambda: bool(self._stop_request), self.log)
         if measured is not None:
             self.measured, self._measured_version = measured, version
             self.log.progress(doing="")
@@ -289,9 +290,12 @@ class Run:
         pruner, now = self.pruner, self.now
         evaluated, around_cuts = self.trainee.samples
         due = now >= self.clocks.next_evaluation  # it can then use the same episodes
-        # The last evaluation is whole, and so is what all cuts are held against.
-        whole = now >= self.trainee.end or pruner.sparsity == 0
-        measured = self.measure(evaluated if due else around_cuts, whole)
+        samples, least = evaluated if due else around_cuts, None
+        if now >= self.trainee.end:
+            least = samples
+        elif pruner.sparsity == 0:  # all cuts are held against it
+            least = around_cuts
+        measured = self.measure(samples, least)
         if measured is None:
             return
         measured = measured.first(around_cuts)

@@ -103,11 +103,11 @@ class Trainee(Protocol):
         """Try, before anything is written, what can be tried."""
 
     def measure(
-        self, samples: int, whole: bool, interrupted: Callable[[], bool], log: RunLog
+        self, samples: int, least: int | None, interrupted: Callable[[], bool], log: RunLog
     ) -> Measured | None:
         """The networks' score over so many episodes or images; None if it was interrupted.
 
-        It may end once its mean is known, unless all are to be measured (`whole`).
+        It may end once its mean is known, but not before `least`; None is as configured.
         """
 
     def said(self, measured: Measured) -> str:
