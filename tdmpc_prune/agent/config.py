@@ -117,6 +117,12 @@ class LearningConfig:
     value_weight: float = setting(0.1, "of the TD loss")
     target_rate: float = setting(0.01, "step of the target network towards the online one")
     target_every: int = setting(1, "updates between two such steps")
+    averaged_updates: int = setting(
+        2_500,
+        "updates over which the weights are averaged of the agent that is evaluated, cut and "
+        "saved; 0 takes the last",
+        before=0,
+    )
     priority_exponent: float = setting(0.6, "alpha of prioritised replay; 0 samples uniformly")
     priority_correction: float = setting(0.4, "beta of prioritised replay")
     buffer_decisions: int = setting(1_000_000, "decisions that the replay buffer holds")
@@ -144,7 +150,7 @@ class LearningConfig:
         for name in ("discount", "rho", "target_rate", "priority_exponent", "priority_correction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"model.learning.{name}={value} must lie in [0, 1]")
-        for name in ("seed_decisions", "updates_per_decision", "curiosity"):
+        for name in ("seed_decisions", "updates_per_decision", "averaged_updates", "curiosity"):
             value = getattr(self, name)
             require(value >= 0, f"model.learning.{name}={value} cannot be negative")
         require(
@@ -176,6 +182,7 @@ PRESETS = {
                 batch=512,
                 horizon=5,
                 target_every=2,
+                averaged_updates=0,
                 exploration="white",
                 curiosity=0.0,
             ),

@@ -106,6 +106,11 @@ def policy_loss(
     return -(rho_weights(config, values) * valid * values).mean(1).sum()
 
 
+def updates_at_once(config: LearningConfig) -> int:
+    """Updates that one decision brings, as a whole number."""
+    return max(1, round(config.updates_per_decision))
+
+
 @torch.no_grad()
 def move_target(target: WorldModel, model: WorldModel, rate: float) -> None:
     """One step of the target's moving average: target ← target + rate · (model − target)."""
@@ -125,7 +130,10 @@ class Adam(torch.optim.Adam):
 
 
 class Learner:
-    """The networks that learn, their targets and optimisers, and the update.
+    """The networks that learn, their targets and optimisers, the update, and their average.
+
+    Returns rise and fall while an agent learns; its weights averaged over the last updates (Polyak
+    and Juditsky 1992) are steadier and mostly better. `average` is None where there is none yet.
 
     A hook in `gradient_hooks` is called as `hook(loss, parameters)` at an update, once with
     "model_loss" and once with "policy_loss", after the backward pass of that loss and before its
@@ -156,6 +164,8 @@ class Learner:
         self.target = copy.deepcopy(model).requires_grad_(False)
         self.gradient_hooks: list[GradientHook] = []
         self.updates = 0
+        self.average: WorldModel | None = None
+        self.averaged = 0  # models that it is of
         self._noise_std = planner.policy_noise
         self._noise_clip = planner.policy_noise_clip
         policy = {id(parameter) for parameter in model.policy.parameters()}
@@ -223,7 +233,25 @@ class Learner:
                 self._fused.move_target()
             else:
                 move_target(self.target, self.model, self.config.target_rate)
+        self._move_average()
         return metrics, priorities
+
+    def _move_average(self) -> None:
+        """Once per decision: of all models so far, then with the window that is configured."""
+        every, window = updates_at_once(self.config), self.config.averaged_updates
+        if not window or self.updates % every:
+            return
+        self.averaged += 1
+        if self.average is None:
+            self.average = copy.deepcopy(self.model).requires_grad_(False)
+            self.average.zero_grad()
+        move_target(self.average, self.model, min(1.0, max(every / window, 1 / self.averaged)))
+
+    def settle(self) -> None:
+        """Go on from the average, which begins anew: before a cut, it is what is cut."""
+        if self.average is not None:
+            self.model.load_state_dict(self.average.state_dict())
+            self.average, self.averaged = None, 0
 
     def _model_gradients(
         self, batch: Batch, noise: Tensor

@@ -22,7 +22,7 @@ from tdmpc_prune.agent.calibration import Pool, agent_calibration, draw_pool
 from tdmpc_prune.agent.computation import agent_computation
 from tdmpc_prune.agent.deciding import Deciding, choose, deciding
 from tdmpc_prune.agent.exploration import RANDOM_STD, Novelty, pink_noise
-from tdmpc_prune.agent.learner import Learner
+from tdmpc_prune.agent.learner import Learner, updates_at_once
 from tdmpc_prune.agent.planner import first_means, plan
 from tdmpc_prune.agent.replay import Batch, Episode, SequenceReplay
 from tdmpc_prune.agent.world_model import Widths, WorldModel
@@ -49,6 +49,7 @@ from tdmpc_prune.training.mending import mend
 from tdmpc_prune.words import counted, mean_and_std
 
 _CALIBRATION_STARTS = 1_500  # states that sequences start from: 60 000 rows at horizon 5
+_ONLINE = "online."  # of the names of weights that learn, beside their average
 _NOISE_BLOCK = 500  # decisions, for which noise is drawn at once
 _MET = 0.05  # of the decisions must have been rewarded, until rewards count as met
 _ENDS_AT_ONCE = 3  # episodes that must do so before a task is refused
@@ -340,8 +341,7 @@ class AgentTraining:
                 batch, rewards=batch.rewards + learning.curiosity * self._unknown(batch)
             )
         # Importance is seen once per decision: a gradient hardly differs from the next.
-        every = max(1, round(learning.updates_per_decision))
-        watched = self.learner.updates % every == 0
+        watched = self.learner.updates % updates_at_once(learning) == 0
         metrics, priorities = self.learner.update(batch, self.generator, watched=watched)
         self.replay.set_priorities(starts, priorities)
         self.progress.updates_due -= 1
@@ -424,6 +424,9 @@ class AgentTraining:
     def computation(self) -> Computation:
         return agent_computation(self.learner.model, self.learner.target, self.config.model)
 
+    def settle(self) -> None:
+        self.learner.settle()
+
     def calibration(self) -> Calibration:
         return agent_calibration(self.model, self.pool(self.model), self.config.model)
 
@@ -462,9 +465,10 @@ class AgentTraining:
         self.env.close()
 
     def agent(self, provenance: dict[str, Any] | None = None, parent: Path | None = None) -> Agent:
-        """The agent as it is now."""
+        """The agent as it is now, its weights averaged over the last updates."""
+        average = self.learner.average
         return Agent(
-            model=self.model,
+            model=self.model if average is None else average,
             config=self.config.model,
             task=self.config.task,
             action_repeat=self.action_repeat,
@@ -517,6 +521,7 @@ class AgentTraining:
         episode = self.episode
         values: dict[str, Any] = {
             "progress": vars(self.progress),
+            "averaged": self.learner.averaged,
             "rng": self.rng.bit_generator.state,
             "device": self.device.type,
             "episode": None,
@@ -525,6 +530,8 @@ class AgentTraining:
             "means": self.means,
             "generator": self.generator.get_state(),
         }
+        if self.learner.average is not None:  # which is what is saved as the agent
+            tensors |= {f"{_ONLINE}{n}": w for n, w in self.model.state_dict().items()}
         if episode is not None:
             values["episode"] = {
                 "planned": episode.planned,
@@ -547,7 +554,7 @@ class AgentTraining:
                 f"resume with device={values['device']}"
             )
         tensors = files["training"]
-        self.take_learner(saved.model, tensors, values["updates"])
+        self._take_online(saved.model, tensors, values)
         self._load_replay(files)
         known = vars(self.progress)
         self.progress = Progress(**{n: v for n, v in values["progress"].items() if n in known})
@@ -560,6 +567,24 @@ class AgentTraining:
                 tensors["episode.observations"].numpy(),
                 **values["episode"],
             )
+
+    def _take_online(
+        self, saved: WorldModel, tensors: Mapping[str, Tensor], values: dict[str, Any]
+    ) -> None:
+        """Go on with the networks that learnt; `saved` is their average, where there is one."""
+        online = {
+            name.removeprefix(_ONLINE): weights
+            for name, weights in tensors.items()
+            if name.startswith(_ONLINE)
+        }
+        model = saved
+        if online:
+            model = WorldModel(Widths.of_weights(online))
+            model.load_state_dict(online)
+        self.take_learner(model, tensors, values["updates"])
+        if online:
+            self.learner.average = saved.to(self.device).requires_grad_(False)
+            self.learner.averaged = values["averaged"]
 
     def take_over(
         self, saved: Agent, values: dict[str, Any] | None, files: dict[str, dict[str, Tensor]]

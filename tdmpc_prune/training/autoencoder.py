@@ -159,6 +159,9 @@ class AutoencoderTraining:
     def computation(self) -> Computation:
         return autoencoder_computation(self.model)
 
+    def settle(self) -> None:
+        pass
+
     def calibration(self) -> Calibration:
         return image_calibration(self.model, self.images, self.config.seed)
 

@@ -320,6 +320,7 @@ class Run:
         """Plan a cut, write the plan down, carry it out, and fit what is left."""
         pruner, now, step = self.pruner, self.now, self.pruner.stage.step + 1
         self.log.progress(doing="cutting")
+        self.trainee.settle()
         try:
             calibration = self.calibration()
             proposal = pruner.propose(now, calibration)

@@ -128,6 +128,9 @@ class Trainee(Protocol):
     def computation(self) -> Computation:
         """All that it does with its networks."""
 
+    def settle(self) -> None:
+        """Let the networks that learn be those that are measured and saved, if they differ."""
+
     def calibration(self) -> Calibration:
         """The data by which its networks are ranked and refitted, as they are now.
 
