@@ -14,6 +14,7 @@ from tdmpc_prune.agent.learner import (
     NonFiniteLoss,
     model_loss,
     policy_loss,
+    unavailable,
     update_macs,
 )
 from tdmpc_prune.agent.replay import Batch
@@ -137,6 +138,51 @@ def test_hooks_are_left_out_of_updates_that_are_not_watched():
         models.append(learner.model.state_dict())
     assert seen == [True, True]  # of either loss
     assert all(torch.equal(weights, models[1][name]) for name, weights in models[0].items())
+
+
+@pytest.mark.parametrize("path", ["torch", "native"])
+def test_the_average_is_of_all_models_then_of_a_window(path):
+    if path == "native" and (reason := unavailable()):
+        pytest.skip(reason)
+    config = replace(LEARNING, updates_per_decision=2.0, averaged_updates=8)
+    learner = Learner(make_model(), PLANNER, config, path)
+    expected, models = None, 0
+    for update in range(1, 21):
+        learner.update(make_batch(), torch.Generator().manual_seed(update))
+        if update % 2:
+            continue
+        models += 1
+        rate = max(2 / 8, 1 / models)
+        now = {name: w.double() for name, w in learner.model.state_dict().items()}
+        expected = expected or now
+        expected = {n: w + rate * (now[n] - w) for n, w in expected.items()}
+    average = learner.average.state_dict()
+    assert models == learner.averaged == 10
+    assert all(torch.allclose(average[n].double(), w, atol=1e-5) for n, w in expected.items())
+    assert not any(weights.requires_grad for weights in learner.average.parameters())
+    before = learner.model.state_dict()["policy.0.weight"].clone()
+    learner.settle()
+    settled = learner.model.state_dict()
+    assert all(torch.equal(settled[name], weights) for name, weights in average.items())
+    assert not torch.equal(settled["policy.0.weight"], before)
+    assert learner.average is None and all(p.requires_grad for p in learner.model.parameters())
+    learner.update(make_batch(), torch.Generator().manual_seed(0))
+    learner.update(make_batch(), torch.Generator().manual_seed(0))
+    assert learner.averaged == 1
+    for name, weights in learner.average.state_dict().items():
+        assert torch.equal(weights, learner.model.state_dict()[name])
+
+
+def test_without_a_window_there_is_no_average():
+    learner = Learner(make_model(), PLANNER, replace(LEARNING, averaged_updates=0))
+    learner.update(make_batch(), torch.Generator().manual_seed(0))
+    assert learner.average is None and not learner.averaged
+
+
+def test_what_only_shows_gradients_is_not_averaged():
+    learner = Learner(make_model(), PLANNER, LEARNING)
+    learner.update(make_batch(), torch.Generator().manual_seed(0), learn=False)
+    assert learner.average is None
 
 
 def test_gradients_are_clipped():

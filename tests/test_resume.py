@@ -77,6 +77,18 @@ def whole_run(small_run):
     return small_run
 
 
+def test_the_average_is_saved_as_the_agent_and_learning_goes_on_beside_it(whole_run):
+    folder, _ = whole_run
+    tensors, *_ = final_state(folder)
+    trainee = resume(folder).trainee
+    learns, plays = trainee.model.state_dict(), trainee.agent().model.state_dict()
+    assert trainee.learner.averaged > 1
+    for name in plays:
+        assert torch.equal(plays[name], tensors["agent", name])
+        assert torch.equal(learns[name], tensors["training", f"online.{name}"])
+    assert not torch.equal(plays["policy.0.weight"], learns["policy.0.weight"])
+
+
 def test_the_same_seed_gives_the_same_run(whole_run, tmp_path):
     launch.start(small_config(tmp_path / "again"), []).run()
     assert_same_run(whole_run[0], tmp_path / "again")
