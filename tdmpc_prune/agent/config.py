@@ -119,7 +119,7 @@ class LearningConfig:
     target_every: int = setting(1, "updates between two such steps")
     averaged_updates: int = setting(
         2_500,
-        "updates over which the weights are averaged that decide, and are cut and saved; 0 takes "
+        "updates over which the weights are averaged that are evaluated, cut and saved; 0 takes "
         "the last",
         before=0,
     )

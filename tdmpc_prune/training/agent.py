@@ -126,11 +126,6 @@ class AgentTraining:
         return self.learner.model
 
     @property
-    def acting(self) -> WorldModel:
-        """Decides, is evaluated and saved: the average of what learns, where there is one."""
-        return self.model if self.learner.average is None else self.learner.average
-
-    @property
     def what(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return f"{self.config.task}: {counted(parameters, 'parameter')} on {self.device.type}"
@@ -240,7 +235,7 @@ class AgentTraining:
         config, decisions = self.config.model, self.progress.decisions
         seen, pink = decisions - self.progress.blind, config.learning.exploration == "pink"
         self._deciding = self._deciding or deciding(
-            self.choice.path, self.acting, config, self.config.seed, self.generator, self._plan
+            self.choice.path, self.model, config, self.config.seed, self.generator, self._plan
         )
         decision = self._deciding.decide(
             torch.from_numpy(observation).to(self.device).unsqueeze(0),
@@ -471,8 +466,9 @@ class AgentTraining:
 
     def agent(self, provenance: dict[str, Any] | None = None, parent: Path | None = None) -> Agent:
         """The agent as it is now, its weights averaged over the last updates."""
+        average = self.learner.average
         return Agent(
-            model=self.acting,
+            model=self.model if average is None else average,
             config=self.config.model,
             task=self.config.task,
             action_repeat=self.action_repeat,
