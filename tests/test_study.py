@@ -583,6 +583,20 @@ def test_the_page_of_the_second_study_shows_its_csv():
     assert len(rows) > 20 and set(rows) <= set(tables)
 
 
+def test_the_page_of_what_comes_after_a_cut_shows_every_run_of_its_csv():
+    shown = ROOT / ".readme"
+    results = study_report.of_csv(shown / "study-after.csv")
+    rows = []
+    for arm in dict.fromkeys(r.arm for r in results):
+        own = sorted((r for r in results if r.arm == arm), key=lambda r: r.seed)
+        assert [r.seed for r in own] == [1, 2, 3]
+        after = ", ".join(f"{r.after:.0f}" for r in own if r.after is not None)
+        rows.append(f"| {arm} | {after} | " + ", ".join(f"{r.end:.0f}" for r in own) + " |")
+    page = (shown / "study-after.md").read_text().splitlines()
+    told = [line for line in page if line.startswith("|")][2:]
+    assert {row.replace("|  |", "| |") for row in rows} == set(told)
+
+
 def test_the_study_on_file_is_what_its_csv_says():
     """Tables on its page and beside the CSV, and every number in the words, the README's too."""
     shown = ROOT / ".readme"
