@@ -340,7 +340,7 @@ class AgentTraining:
             batch = replace(
                 batch, rewards=batch.rewards + learning.curiosity * self._unknown(batch)
             )
-        # Importance is seen once per decision: a gradient hardly differs from the next.
+        # Once per decision: at every update the tracker would take a quarter of the time.
         watched = self.learner.updates % updates_at_once(learning) == 0
         metrics, priorities = self.learner.update(batch, self.generator, watched=watched)
         self.replay.set_priorities(starts, priorities)
