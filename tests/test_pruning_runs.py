@@ -1,5 +1,6 @@
 """Pruning while training: records, exact resume, exact rollback, finished agents, wrong input."""
 
+import copy
 import json
 import os
 import shutil
@@ -185,6 +186,27 @@ def returns(monkeypatch, script):
 def everything(trainer):
     """Networks, optimisers and tracker, bit for bit."""
     return {name: tensor.clone() for name, tensor in trainer.pruner._snapshot().items()}
+
+
+def test_what_is_cut_is_the_average_that_was_measured(tmp_path):
+    trainer, cut = launch.start(pruning_config(tmp_path / "run"), []), []
+
+    def watch(step=trainer.step):
+        first = trainer.pruner.due(trainer.now) == "cut" and not cut
+        trainee = trainer.trainee
+        played = copy.deepcopy(trainee.agent().model.state_dict())
+        apart = not torch.equal(played["policy.0.weight"], trainee.model.policy[0].weight)
+        left = step()
+        if first and trainer.pruner.sparsity:
+            cut.append(apart)
+            before, _ = trainer.pruner.before_cut()
+            assert all(torch.equal(before[name], weights) for name, weights in played.items())
+            assert trainee.learner.average is None
+        return left
+
+    trainer.step = watch
+    trainer.run()
+    assert cut == [True]
 
 
 def test_a_step_that_does_not_recover_is_undone_exactly(tmp_path, monkeypatch, capsys):
