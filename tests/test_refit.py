@@ -261,6 +261,18 @@ def test_what_the_kept_units_cannot_say_is_fitted_as_well_as_it_can_be():
     assert "as cut" in report.table() and "| 2 " in report.table()
 
 
+def test_large_weights_that_cancel_are_not_taken_though_they_fit_better():
+    """The kept units differ by a trace of the removed one, 1e-5 of it, of which 0.05 is wanted."""
+    network = tag(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), "all").double()
+    with torch.no_grad():
+        network[0].weight.copy_(torch.tensor([[1.0, 0.0], [1.0, 1e-5], [0.0, 1.0]]))
+        network[1].weight.copy_(torch.tensor([[1.0, 0.0, 0.05]]))
+    calibration = calibration_of(network, batches_of(10, 2), lambda net, x: net(x))
+    _, report = cut_and_refit(network, computation_of(network, 2), {"0": [2]}, calibration)
+    assert network[1].weight.abs().max().item() < 1.1
+    assert report.layers[-1].after == pytest.approx(0.05**2, rel=0.2)
+
+
 def test_a_layer_that_is_called_several_times_is_fitted_to_all_its_calls():
     network = mlp(inputs=2)
 

@@ -8,7 +8,9 @@ regression on centred data, norms by one regression for each channel. A layer be
 fitted to the values before it, and the norm to those after it.
 
 Rows are summed up into float64 normal equations, batch by batch; every fifth batch is held out,
-chooses the ridge, and judges: a fit that makes a layer's error there worse is not taken.
+chooses the ridge, and judges: a fit that makes a layer's error there worse is not taken. Large
+weights that cancel may fit best, but a network that has them is lost at its first update, when what
+is before them moves: a ridge that leads to them is not considered.
 
 Shapes: R rows, N inputs of a layer, M outputs that are left.
 """
@@ -35,6 +37,7 @@ from tdmpc_prune.pruning.surgery import committing
 
 _RIDGES = (1e-4, 1e-7, 1e-10, 1e-13)  # times the mean variance of the inputs
 _AS_GOOD = 1.1  # the strongest ridge whose held-out error is within this factor of the least
+_LOUDEST = 100.0  # how much more of its outputs' variance a layer may add than its inputs are off
 _ROWS = 1_024  # at once: as float64 they stay in the processor's cache
 _HELD_OUT = 5  # every fifth batch, from the second on
 _EXACT = 1e-16  # relative error below which there is nothing to mend
@@ -306,6 +309,10 @@ class _Moments:
             squares = self.yy - 2 * weight * self.xy + weight**2 * self.xx
         return float((squares.clamp(min=0) + (self.bias(weight) - bias) ** 2).sum())
 
+    def loudness(self, weight: Tensor) -> float:
+        """Variance of the outputs, summed, if inputs of the same mean spread were independent."""
+        return float(self.spread.mean() * weight.square().sum())
+
 
 @dataclass(frozen=True)
 class _Gathered:
@@ -391,7 +398,9 @@ def _fit(layer: str, found: _Gathered) -> LayerFit:
     before = held.error(weight, call.bias.double() if centred else held.y) / variance
     if before <= _EXACT:
         return LayerFit(layer, found.fit.rows, before, before, False)
-    options = [(held.error(w, fit.bias(w)) / variance, w) for w in fit.solutions()]
+    strongest, *others = fit.solutions()
+    quiet = [strongest, *(w for w in others if fit.loudness(w) <= _LOUDEST * variance)]
+    options = [(held.error(w, fit.bias(w)) / variance, w) for w in quiet]
     least = min(error for error, _ in options)
     after, weight = next(option for option in options if option[0] <= _AS_GOOD * least + _EXACT)
     if after >= before:
