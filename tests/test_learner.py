@@ -141,23 +141,23 @@ def test_hooks_are_left_out_of_updates_that_are_not_watched():
 
 
 @pytest.mark.parametrize("path", ["torch", "native"])
-def test_the_average_is_of_all_models_then_of_a_window(path):
+def test_the_average_is_of_a_window_that_grows_with_the_updates(path):
     if path == "native" and (reason := unavailable()):
         pytest.skip(reason)
     config = replace(LEARNING, updates_per_decision=2.0, averaged_updates=8)
     learner = Learner(make_model(), PLANNER, config, path)
     expected, models = None, 0
-    for update in range(1, 21):
+    for update in range(1, 41):
         learner.update(make_batch(), torch.Generator().manual_seed(update))
         if update % 2:
             continue
         models += 1
-        rate = max(2 / 8, 1 / models)
+        rate = min(1, max(2 / min(8, update / 4), 1 / models))
         now = {name: w.double() for name, w in learner.model.state_dict().items()}
         expected = expected or now
         expected = {n: w + rate * (now[n] - w) for n, w in expected.items()}
     average = learner.average.state_dict()
-    assert models == learner.averaged == 10
+    assert models == learner.averaged == 20
     assert all(torch.allclose(average[n].double(), w, atol=1e-5) for n, w in expected.items())
     assert not any(weights.requires_grad for weights in learner.average.parameters())
     before = learner.model.state_dict()["policy.0.weight"].clone()

@@ -29,6 +29,7 @@ from tdmpc_prune.native import build
 from tdmpc_prune.prunable import GradientHook
 
 _LARGEST_LOSS = 1e4  # each loss term of a sequence, and its priority, is cut off here
+_RECENT = 0.25  # share of all updates that an average is of at most
 _TOLERANCE = 1e-4  # largest difference to PyTorch, relative to a tensor's largest element
 
 
@@ -237,10 +238,11 @@ class Learner:
         return metrics, priorities
 
     def _move_average(self) -> None:
-        """Once per decision: of all models so far, then with the window that is configured."""
+        """Once per decision: of all models since it began, at most of those of the window."""
         every, window = updates_at_once(self.config), self.config.averaged_updates
         if not window or self.updates % every:
             return
+        window = min(window, _RECENT * self.updates)  # early models would hold it back
         self.averaged += 1
         if self.average is None:
             self.average = copy.deepcopy(self.model).requires_grad_(False)
