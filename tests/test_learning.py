@@ -22,7 +22,6 @@ LEARNER = replace(
         seed_decisions=200,
         batch=64,
         buffer_decisions=5000,
-        averaged_updates=200,  # of 1 000 in all: the default would average over all learning
     ),
 )
 
