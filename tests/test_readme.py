@@ -13,10 +13,7 @@ README = ROOT / "README.md"
 PAGES = [README, ROOT / "checkpoints/README.md"]
 PAGES += [
     ROOT / ".readme" / f"{name}.md"
-    for name in (
-        *("cuts", "results", "returns", "analysis"),
-        *("study-findings", "study-at-once", "study-after", "c"),
-    )
+    for name in ("cuts", "results", "returns", "analysis", "study-findings", "c")
 ]
 PAGES_OF_CODE = [ROOT / ".readme" / f"{name}.md" for name in ("deployment", "from-python")]
 WITHOUT_HYDRA = ("compare.py", "run_exported.py")

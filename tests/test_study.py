@@ -575,36 +575,11 @@ def test_a_file_that_is_no_table_is_refused(tmp_path):
 # --- What the pages say ----------------------------------------------------------------------
 
 
-def test_the_page_of_the_second_study_shows_its_csv():
-    shown = ROOT / ".readme"
-    tables = study_report.tables(study_report.of_csv(shown / "study-at-once.csv")).splitlines()
-    page = (shown / "study-at-once.md").read_text().splitlines()
-    rows = [line for line in page if line.startswith("|")]
-    assert len(rows) > 20 and set(rows) <= set(tables)
-
-
-def test_the_page_of_what_comes_after_a_cut_shows_every_run_of_its_csv():
-    shown = ROOT / ".readme"
-    results = study_report.of_csv(shown / "study-after.csv")
-    rows = []
-    for arm in dict.fromkeys(r.arm for r in results):
-        own = sorted((r for r in results if r.arm == arm), key=lambda r: r.seed)
-        assert [r.seed for r in own] == [1, 2, 3]
-        after = ", ".join(f"{r.after:.0f}" for r in own if r.after is not None)
-        rows.append(f"| {arm} | {after} | " + ", ".join(f"{r.end:.0f}" for r in own) + " |")
-    page = (shown / "study-after.md").read_text().splitlines()
-    told = [line for line in page if line.startswith("|")][2:]
-    assert {row.replace("|  |", "| |") for row in rows} == set(told)
-
-
 def test_the_study_on_file_is_what_its_csv_says():
     """Tables on its page and beside the CSV, and every number in the words, the README's too."""
     shown = ROOT / ".readme"
-    texts = {}
-    for name in ("study", "study-global"):
-        texts[name] = study_report.tables(study_report.of_csv(shown / f"{name}.csv"))
-        assert (shown / f"{name}.md").read_text() == texts[name]
-    text = texts["study"]
+    text = study_report.tables(study_report.of_csv(shown / "study.csv"))
+    assert (shown / "study.md").read_text() == text
     page = (shown / "study-findings.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert len(rows) > 10 and set(rows) <= set(text.splitlines())
@@ -617,9 +592,9 @@ def test_the_study_on_file_is_what_its_csv_says():
     number = r"\d[\d ]*(?:\.\d+)?"
     said = {found.replace(" ", "") for found in re.findall(number, words)}
     settings_ = json.loads((shown / "study.json").read_text())
-    known = "".join(texts.values()).replace(",", "") + " ".join(map(str, settings_.values()))
+    known = text.replace(",", "") + " ".join(map(str, settings_.values()))
     assert len(said) > 10
     assert said <= set(re.findall(r"\d+(?:\.\d+)?", known)), said
-    for name in ("sparsity", "profile", "cost"):
+    for name in ("answer", "sparsity", "profile", "cost"):
         assert (shown / f"study-{name}.png").is_file()
         assert f"(study-{name}.png)" in page

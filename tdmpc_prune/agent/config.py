@@ -119,8 +119,8 @@ class LearningConfig:
     target_every: int = setting(1, "updates between two such steps")
     averaged_updates: int = setting(
         2_500,
-        "updates over which the weights are averaged that are evaluated, cut and saved, at most the "
-        "last quarter of all; 0 takes the last weights",
+        "updates over which the weights are averaged that are evaluated, cut and saved, at most "
+        "the last quarter of all; 0 takes the last weights",
         before=0,
     )
     priority_exponent: float = setting(0.6, "alpha of prioritised replay; 0 samples uniformly")
