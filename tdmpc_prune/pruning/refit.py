@@ -37,7 +37,7 @@ from tdmpc_prune.pruning.surgery import committing
 
 _RIDGES = (1e-4, 1e-7, 1e-10, 1e-13)  # times the mean variance of the inputs
 _AS_GOOD = 1.1  # the strongest ridge whose held-out error is within this factor of the least
-_LOUDEST = 100.0  # how much more of its outputs' variance a layer may add than its inputs are off
+_LOUDEST = 100.0  # times the outputs' variance: the most a layer may make of independent inputs
 _ROWS = 1_024  # at once: as float64 they stay in the processor's cache
 _HELD_OUT = 5  # every fifth batch, from the second on
 _EXACT = 1e-16  # relative error below which there is nothing to mend
@@ -310,7 +310,7 @@ class _Moments:
         return float((squares.clamp(min=0) + (self.bias(weight) - bias) ** 2).sum())
 
     def loudness(self, weight: Tensor) -> float:
-        """Variance of the outputs, summed, if inputs of the same mean spread were independent."""
+        """Variance of the outputs, summed, if the inputs were independent with their mean spread."""
         return float(self.spread.mean() * weight.square().sum())
 
 
