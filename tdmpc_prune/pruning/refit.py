@@ -310,7 +310,7 @@ class _Moments:
         return float((squares.clamp(min=0) + (self.bias(weight) - bias) ** 2).sum())
 
     def loudness(self, weight: Tensor) -> float:
-        """Variance of the outputs, summed, if the inputs were independent with their mean spread."""
+        """Variance of the outputs, summed, if inputs of that mean spread were independent."""
         return float(self.spread.mean() * weight.square().sum())
 
 
