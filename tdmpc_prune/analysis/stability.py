@@ -20,6 +20,7 @@ import torch
 from scipy.stats import binomtest
 
 from tdmpc_prune.agent.agent import Agent
+from tdmpc_prune.agent.deciding import choose
 from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.analysis.config import StabilityConfig
 from tdmpc_prune.errors import UserError
@@ -223,7 +224,10 @@ def _play(
         observed[i].append(observation)
         terminated[i] = ended
 
-    evaluation = evaluate(agent, episodes, seed, watch=watch, disturbances=disturbances)
+    path = choose("auto", agent.dense_widths, agent.device).path
+    evaluation = evaluate(
+        agent, episodes, seed, watch=watch, disturbances=disturbances, decisions=path
+    )
     values = [state_values(reference, np.stack(episode)) for episode in observed]
     return Episodes(values, terminated, evaluation.returns)
 
