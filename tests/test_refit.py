@@ -261,7 +261,7 @@ def test_what_the_kept_units_cannot_say_is_fitted_as_well_as_it_can_be():
     assert "as cut" in report.table() and "| 2 " in report.table()
 
 
-def test_large_weights_that_cancel_are_not_taken_though_they_fit_better():
+def test_large_weights_are_not_taken_though_they_fit_better():
     """The kept units differ by a trace of the removed one, 1e-5 of it, of which 0.05 is wanted."""
     network = tag(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), "all").double()
     with torch.no_grad():
@@ -271,6 +271,20 @@ def test_large_weights_that_cancel_are_not_taken_though_they_fit_better():
     _, report = cut_and_refit(network, computation_of(network, 2), {"0": [2]}, calibration)
     assert network[1].weight.abs().max().item() < 1.1
     assert report.layers[-1].after == pytest.approx(0.05**2, rel=0.2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_may_be_as_large_as_they_were_on_small_inputs(bias):
+    """The removed unit is a thousand times a kept one, which has a weight of 1000 already."""
+    network = tag(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1, bias=bias)), "all").double()
+    with torch.no_grad():
+        network[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1e-3], [0.0, 1.0]]))
+        network[0].bias.copy_(torch.tensor([3.0, 0.0, 0.0]))
+        network[1].weight.copy_(torch.tensor([[0.0, 1000.0, 1.0]]))
+    calibration = calibration_of(network, batches_of(10, 2), lambda net, x: net(x))
+    _, report = cut_and_refit(network, computation_of(network, 2), {"0": [2]}, calibration)
+    assert network[1].weight[0, 1].item() == pytest.approx(2000, rel=0.01)
+    assert report.layers[-1].after < 1e-4
 
 
 def test_a_layer_that_is_called_several_times_is_fitted_to_all_its_calls():

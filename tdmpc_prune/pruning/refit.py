@@ -9,8 +9,8 @@ fitted to the values before it, and the norm to those after it.
 
 Rows are summed up into float64 normal equations, batch by batch; every fifth batch is held out,
 chooses the ridge, and judges: a fit that makes a layer's error there worse is not taken. Large
-weights that cancel may fit best, but a network that has them is lost at its first update, when what
-is before them moves: a ridge that leads to them is not considered.
+weights on what hardly varies may fit best, but a network that has them is lost at its first update,
+when what is before them moves: of the weaker ridges, those that lead to them are not considered.
 
 Shapes: R rows, N inputs of a layer, M outputs that are left.
 """
@@ -37,7 +37,7 @@ from tdmpc_prune.pruning.surgery import committing
 
 _RIDGES = (1e-4, 1e-7, 1e-10, 1e-13)  # times the mean variance of the inputs
 _AS_GOOD = 1.1  # the strongest ridge whose held-out error is within this factor of the least
-_LOUDEST = 100.0  # times the outputs' variance: the most a layer may make of independent inputs
+_LOUDEST = 100.0  # times the outputs' spread, or as loud as the weights that the cut left
 _ROWS = 1_024  # at once: as float64 they stay in the processor's cache
 _HELD_OUT = 5  # every fifth batch, from the second on
 _EXACT = 1e-16  # relative error below which there is nothing to mend
@@ -310,7 +310,10 @@ class _Moments:
         return float((squares.clamp(min=0) + (self.bias(weight) - bias) ** 2).sum())
 
     def loudness(self, weight: Tensor) -> float:
-        """Variance of the outputs, summed, if inputs of that mean spread were independent."""
+        """Spread of the outputs, summed, if each input moved alone, by the mean spread of all.
+
+        So far does learning move what hardly varies on the data, too.
+        """
         return float(self.spread.mean() * weight.square().sum())
 
 
@@ -394,12 +397,13 @@ def _fit(layer: str, found: _Gathered) -> LayerFit:
     fit, held = found.fit.moments(centred), found.held.moments(centred)
     spread = found.held.moments()
     variance = float(spread.yy.sum() + _ROUNDING * spread.y.square().sum()) + _TINY
-    weight = (call.matrix() if fit.mixed else call.weight).double()
-    before = held.error(weight, call.bias.double() if centred else held.y) / variance
+    kept = (call.matrix() if fit.mixed else call.weight).double()
+    before = held.error(kept, call.bias.double() if centred else held.y) / variance
     if before <= _EXACT:
         return LayerFit(layer, found.fit.rows, before, before, False)
     strongest, *others = fit.solutions()
-    quiet = [strongest, *(w for w in others if fit.loudness(w) <= _LOUDEST * variance)]
+    loudest = _LOUDEST * max(float(fit.yy.sum()), fit.loudness(kept))
+    quiet = [strongest, *(w for w in others if fit.loudness(w) <= loudest)]
     options = [(held.error(w, fit.bias(w)) / variance, w) for w in quiet]
     least = min(error for error, _ in options)
     after, weight = next(option for option in options if option[0] <= _AS_GOOD * least + _EXACT)
