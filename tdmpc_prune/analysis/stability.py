@@ -29,7 +29,7 @@ from tdmpc_prune.machine import measure_all, set_threads
 from tdmpc_prune.saving.agents import load_agent, load_agents, load_parent
 from tdmpc_prune.settings import to_plain
 
-_TOGETHER = 10  # episodes that are played at once
+_TOGETHER = 10  # episodes of one job, which PyTorch plays at once
 _WORSE = 0.05  # a reference that returns by this fraction less had learnt less
 CALIBRATION_SEED = 500_000  # added to the seed, so that the target set is of other episodes
 
