@@ -17,12 +17,7 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 LEARNER = replace(
     AGENT,
     planner=replace(AGENT.planner, iterations=4, samples=64, elites=12, schedule_decisions=400),
-    learning=replace(
-        AGENT.learning,
-        seed_decisions=200,
-        batch=64,
-        buffer_decisions=5000,
-    ),
+    learning=replace(AGENT.learning, seed_decisions=200, batch=64, buffer_decisions=5000),
 )
 
 

@@ -37,7 +37,7 @@ from tdmpc_prune.pruning.surgery import committing
 
 _RIDGES = (1e-4, 1e-7, 1e-10, 1e-13)  # times the mean variance of the inputs
 _AS_GOOD = 1.1  # the strongest ridge whose held-out error is within this factor of the least
-_LOUDEST = 100.0  # times the outputs' spread, or as loud as the weights that the cut left
+_LOUDEST = 100.0  # times the outputs' spread, or what the weights that the cut left make of it
 _ROWS = 1_024  # at once: as float64 they stay in the processor's cache
 _HELD_OUT = 5  # every fifth batch, from the second on
 _EXACT = 1e-16  # relative error below which there is nothing to mend
