@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tdmpc_prune.agent.config import LearningConfig, NetworkConfig, PlannerConfig
+from tdmpc_prune.agent.config import PRESETS, LearningConfig, NetworkConfig, PlannerConfig
 from tdmpc_prune.agent.learner import (
     Learner,
     NonFiniteLoss,
@@ -183,6 +183,28 @@ def test_what_only_shows_gradients_is_not_averaged():
     learner = Learner(make_model(), PLANNER, LEARNING)
     learner.update(make_batch(), torch.Generator().manual_seed(0), learn=False)
     assert learner.average is None
+
+
+def test_the_learning_rate_falls_over_the_last_fifth_of_a_run():
+    rates = [LEARNING.rate_at(done) for done in (0, 0.5, 0.8, 0.9, 0.99, 1.0)]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4, 5e-5, 5e-5])
+    assert replace(LEARNING, cooldown=0.0).rate_at(1.0) == 1e-3
+    assert PRESETS["paper"].value.learning.rate_at(1.0) == 1e-3
+
+
+@pytest.mark.parametrize("path", ["torch", "native"])
+def test_the_rate_of_an_update_is_that_of_both_optimisers(path):
+    if path == "native" and (reason := unavailable()):
+        pytest.skip(reason)
+    moved = []
+    for rate in (None, 1e-4):
+        learner = Learner(make_model(), PLANNER, LEARNING, path)
+        before = copy.deepcopy(learner.model.state_dict())
+        learner.update(make_batch(), torch.Generator().manual_seed(0), rate=rate)
+        weights = learner.model.state_dict()
+        moved.append({name: (w - before[name]).abs().mean() for name, w in weights.items()})
+    for name, far in moved[0].items():
+        assert far == pytest.approx(10 * moved[1][name], rel=0.01), name
 
 
 def test_gradients_are_clipped():

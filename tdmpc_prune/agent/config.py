@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from tdmpc_prune.settings import Choice, require, setting
 
+_LEAST_RATE = 0.05  # of the learning rate, at the end of a run
+
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -109,6 +111,11 @@ class LearningConfig:
     batch: int = setting(64, "sequences per update")
     horizon: int = setting(3, "latent steps that an update unrolls, in decisions")
     learning_rate: float = setting(1e-3, "of both Adam optimisers")
+    cooldown: float = setting(
+        0.2,
+        "last share of a run over which the learning rate falls, to a twentieth; 0 is none",
+        before=0.0,
+    )
     gradient_clip: float = setting(10.0, "largest norm of a gradient")
     discount: float = setting(0.99, "per decision")
     rho: float = setting(0.5, "weight of latent step t in the losses is rho^t")
@@ -147,7 +154,10 @@ class LearningConfig:
         for name in ("learning_rate", "gradient_clip"):
             value = getattr(self, name)
             require(value > 0, f"model.learning.{name}={value} must be positive")
-        for name in ("discount", "rho", "target_rate", "priority_exponent", "priority_correction"):
+        for name in (
+            *("cooldown", "discount", "rho", "target_rate"),
+            *("priority_exponent", "priority_correction"),
+        ):
             value = getattr(self, name)
             require(0 <= value <= 1, f"model.learning.{name}={value} must lie in [0, 1]")
         for name in ("seed_decisions", "updates_per_decision", "averaged_updates", "curiosity"):
@@ -157,6 +167,11 @@ class LearningConfig:
             self.exploration in ("pink", "white"),
             f"model.learning.exploration={self.exploration} must be pink or white",
         )
+
+    def rate_at(self, done: float) -> float:
+        """The learning rate once a share `done` of a run is over (linear schedule)."""
+        left = (1 - done) / self.cooldown if self.cooldown else 1.0
+        return self.learning_rate * min(1.0, max(_LEAST_RATE, left))
 
 
 @dataclass(frozen=True)
@@ -181,6 +196,7 @@ PRESETS = {
                 updates_per_decision=1.0,
                 batch=512,
                 horizon=5,
+                cooldown=0.0,
                 target_every=2,
                 averaged_updates=0,
                 exploration="white",

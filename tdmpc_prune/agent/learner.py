@@ -195,6 +195,7 @@ class Learner:
         generator: torch.Generator,
         learn: bool = True,
         watched: bool = True,
+        rate: float | None = None,
     ) -> tuple[dict[str, float], np.ndarray]:
         """One update of model, policy and (when due) target networks.
 
@@ -203,6 +204,7 @@ class Learner:
             generator: of the policy's noise.
             learn: False changes nothing: only the hooks see the gradients.
             watched: False leaves out the hooks.
+            rate: of learning; None is as configured.
 
         Returns:
             Losses and gradient norms by name, and the new priorities `[B]` of the batch.
@@ -210,6 +212,8 @@ class Learner:
         Raises:
             NonFiniteLoss: naming the term, before any weight has changed by it.
         """
+        for optimiser in self.optimisers.values():
+            optimiser.param_groups[0]["lr"] = rate or self.config.learning_rate
         horizon, size = batch.rewards.shape
         noise = torch.randn(
             2 * horizon + 1,

@@ -342,7 +342,8 @@ class AgentTraining:
             )
         # Once per decision: at every update the tracker would take a quarter of the time.
         watched = self.learner.updates % updates_at_once(learning) == 0
-        metrics, priorities = self.learner.update(batch, self.generator, watched=watched)
+        rate = learning.rate_at(self.now / self.end)
+        metrics, priorities = self.learner.update(batch, self.generator, watched=watched, rate=rate)
         self.replay.set_priorities(starts, priorities)
         self.progress.updates_due -= 1
         milliseconds = _milliseconds(began)
