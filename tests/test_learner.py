@@ -202,7 +202,7 @@ def test_the_rate_of_an_update_is_that_of_both_optimisers(path):
         before = copy.deepcopy(learner.model.state_dict())
         learner.update(make_batch(), torch.Generator().manual_seed(0), rate=rate)
         weights = learner.model.state_dict()
-        moved.append({name: (w - before[name]).abs().mean() for name, w in weights.items()})
+        moved.append({n: float((w - before[n]).abs().mean()) for n, w in weights.items()})
     for name, far in moved[0].items():
         assert far == pytest.approx(10 * moved[1][name], rel=0.01), name
 
