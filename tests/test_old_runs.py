@@ -88,5 +88,6 @@ def test_a_run_begun_before_goes_on_to_its_end(
 def test_an_older_run_explores_as_it_began():
     """Settings that there were not yet mean what was done then, not the default of today."""
     learning = load_agent(BEFORE / "agent").config.learning
-    assert (learning.exploration, learning.curiosity, learning.cooldown) == ("white", 0, 0)
+    assert (learning.exploration, learning.curiosity) == ("white", 0)
+    assert (learning.cooldown, learning.scale_observations) == (0, False)
     assert (LearningConfig().exploration, LearningConfig().curiosity) != ("white", 0)

@@ -138,6 +138,11 @@ class LearningConfig:
         "noise on executed actions: pink (slow and fast); or white, after uniform first actions",
         before="white",
     )
+    scale_observations: bool = setting(
+        True,
+        "learn as if observations were centred and scaled as they are in the random decisions",
+        before=False,
+    )
     curiosity: float = setting(
         0.3, "reward for what was rarely seen, until rewards are met; 0 is none", before=0.0
     )
@@ -200,6 +205,7 @@ PRESETS = {
                 target_every=2,
                 averaged_updates=0,
                 exploration="white",
+                scale_observations=False,
                 curiosity=0.0,
             ),
         ),

@@ -49,32 +49,41 @@ class FusedUpdate:
         self._average: MovingAverage | None = None
         self._adam: dict[str, Adam] = {}
 
-    def model_loss(self, batch: Batch, noise: Tensor) -> tuple[np.ndarray, float, np.ndarray]:
-        """The gradients of all but the policy, of the loss over H, clipped, in `.grad`.
+    def model_loss(self, batch: Batch, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The gradients of all but the policy, of the loss over H, in `.grad`.
 
         Args:
             batch: of tensors.
             noise: `[H, B, A]`, as in `learner.model_loss`.
 
         Returns:
-            Consistency, reward, value and total loss; the gradient's norm; priorities `[B]`.
+            Consistency, reward, value and total loss; priorities `[B]`.
         """
         self._describe(*batch.rewards.shape)
         terms, priorities = self._losses.model_loss(_arrays(vars(batch)), _array(noise))
-        return terms, self._take_gradients("model_loss"), priorities
+        self._take_gradients("model_loss")
+        return terms, priorities
 
-    def policy_loss(self, batch: Batch, noise: Tensor) -> tuple[float, float]:
-        """The policy's gradients, clipped, in `.grad`; at the latents of the last `model_loss`.
+    def policy_loss(self, batch: Batch, noise: Tensor) -> float:
+        """The policy's gradients, in `.grad`; at the latents of the last `model_loss`.
 
         Args:
             batch: the same.
             noise: `[H + 1, B, A]`.
 
         Returns:
-            The loss, and the gradient's norm.
+            The loss.
         """
         loss = self._losses.policy_loss(_arrays(vars(batch)), _array(noise))
-        return loss, self._take_gradients("policy_loss")
+        self._take_gradients("policy_loss")
+        return loss
+
+    def clip(self, loss: str) -> float:
+        """Clip the gradients of a loss by their norm, which is returned."""
+        gradient = self._gradients[loss]
+        norm = torch.linalg.vector_norm(gradient).item()
+        gradient *= min(1.0, self._config.gradient_clip / (norm + 1e-6))
+        return norm
 
     def step(self, loss: str) -> None:
         """The step of a loss's optimiser."""
@@ -128,14 +137,10 @@ class FusedUpdate:
         before, self._known[what] = self._known.get(what), places
         return before != places
 
-    def _take_gradients(self, loss: str) -> float:
-        """Clip, put the parts where they belong, and return the norm."""
-        gradient = self._gradients[loss]
-        norm = torch.linalg.vector_norm(gradient).item()
-        gradient *= min(1.0, self._config.gradient_clip / (norm + 1e-6))
+    def _take_gradients(self, loss: str) -> None:
+        """Put the parts where they belong."""
         for (_, parameter), slope in zip(self._trained[loss], self._slopes[loss], strict=True):
             parameter.grad = slope
-        return norm
 
 
 def _array(tensor: Tensor) -> np.ndarray:

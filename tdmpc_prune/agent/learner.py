@@ -14,7 +14,9 @@ import copy
 import ctypes
 import inspect
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from tdmpc_prune.agent.config import LearningConfig, PlannerConfig
 from tdmpc_prune.agent.fused import FusedUpdate
+from tdmpc_prune.agent.observation_scale import ObservationScale
 from tdmpc_prune.agent.replay import Batch
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.errors import NonFiniteLoss
@@ -30,6 +33,7 @@ from tdmpc_prune.prunable import GradientHook
 
 _LARGEST_LOSS = 1e4  # each loss term of a sequence, and its priority, is cut off here
 _RECENT = 0.25  # share of all updates that an average is of at most
+_SCALE = "scale."  # names of its tensors in a learner's state
 _TOLERANCE = 1e-4  # largest difference to PyTorch, relative to a tensor's largest element
 
 
@@ -139,7 +143,7 @@ class Learner:
     A hook in `gradient_hooks` is called as `hook(loss, parameters)` at an update, once with
     "model_loss" and once with "policy_loss", after the backward pass of that loss and before its
     optimiser step. `parameters` are those that the loss trains, with their names; their gradients
-    are in `.grad`, scaled and clipped as the optimiser will see them.
+    are in `.grad`, clipped, by the weights as they are.
     """
 
     def __init__(
@@ -148,6 +152,7 @@ class Learner:
         planner: PlannerConfig,
         config: LearningConfig,
         path: str = "torch",
+        scale: ObservationScale | None = None,
     ):
         """Learn with `model`.
 
@@ -156,12 +161,14 @@ class Learner:
             planner: for the policy's noise.
             config: of learning.
             path: "torch", or "native": in C, on the CPU.
+            scale: of the observations, as far as it is known.
 
         Raises:
             Unavailable: see `library`.
         """
         self.config = config
         self.model = model
+        self.scale = scale
         self.target = copy.deepcopy(model).requires_grad_(False)
         self.gradient_hooks: list[GradientHook] = []
         self.updates = 0
@@ -241,6 +248,16 @@ class Learner:
         self._move_average()
         return metrics, priorities
 
+    def take_scale(self, observations: Tensor) -> None:
+        """Learn from now on at the scale of `observations` `[N, O]`.
+
+        Networks that have learnt nothing begin as if they were drawn for scaled observations.
+        """
+        self.scale = ObservationScale.of(observations.to(self.device))
+        if not self.updates:
+            for network in (self.model, self.target):
+                self.scale.fold(network.encoder[0])
+
     def _move_average(self) -> None:
         """Once per decision: of all models since it began, at most of those of the window."""
         every, window = updates_at_once(self.config), self.config.averaged_updates
@@ -268,9 +285,9 @@ class Learner:
         """
         names = ("consistency loss", "reward loss", "value loss", "model loss")
         if self._fused:
-            terms, norm, priorities = self._fused.model_loss(batch, noise)
+            terms, priorities = self._fused.model_loss(batch, noise)
             named = dict(zip(names, terms.tolist(), strict=True))
-            return named | {"model gradient norm": norm}, priorities, None
+            return named | {"model gradient norm": self._clip("model_loss")}, priorities, None
         if self.device.type == "cuda":  # what the last update's graphs returned is done with
             torch.compiler.cudagraph_mark_step_begin()
         losses = self._model_loss(self.model, self.target, batch, noise, self.config)
@@ -284,7 +301,7 @@ class Learner:
     ) -> dict[str, float]:
         """Fill the gradients of the policy's loss: its terms."""
         if self._fused:
-            values = self._fused.policy_loss(batch, noise)
+            values = self._fused.policy_loss(batch, noise), self._clip("policy_loss")
         else:
             # A latent belongs to its episode if the decision that led to it does.
             valid = torch.cat([torch.ones_like(batch.valid[:1]), batch.valid])
@@ -298,7 +315,16 @@ class Learner:
         for parameter in parameters:
             parameter.grad = None
         loss.backward(inputs=parameters)
-        return nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
+        return self._clip(name)
+
+    def _clip(self, loss: str) -> Tensor | float:
+        """Clip the gradients of a loss by their norm, which is returned."""
+        scaled = self.scale is not None and loss == "model_loss"
+        with self.scale.scaled_gradient(self.model.encoder[0]) if scaled else nullcontext():
+            if self._fused:
+                return self._fused.clip(loss)
+            parameters = [parameter for _, parameter in self._trained[loss]]
+            return nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
 
     @staticmethod
     def _checked(terms: dict[str, float]) -> dict[str, float]:
@@ -316,14 +342,17 @@ class Learner:
             hook(loss, self._trained[loss])
         if not learn:
             return
-        if self._fused:
-            self._fused.step(loss)
+        step = partial(self._fused.step, loss) if self._fused else self.optimisers[loss].step
+        if self.scale is not None and loss == "model_loss":
+            self.scale.step(self.model.encoder[0], step)
         else:
-            self.optimisers[loss].step()
+            step()
 
     def state(self) -> dict[str, Tensor]:
-        """Target weights and both optimisers' moments, by the names of their parameters."""
+        """Target weights, both optimisers' moments, by the names of their parameters, and scale."""
         tensors = {f"target.{name}": value for name, value in self.target.state_dict().items()}
+        if self.scale is not None:
+            tensors |= {f"{_SCALE}{name}": value for name, value in vars(self.scale).items()}
         for loss, parameters in self._trained.items():
             for name, parameter in parameters:
                 for key, value in self.optimisers[loss].state[parameter].items():
@@ -333,6 +362,13 @@ class Learner:
     def load_state(self, tensors: dict[str, Tensor], updates: int) -> None:
         """Go on from what `state` returned; the model's own weights are loaded separately."""
         self.updates = updates
+        scale = {
+            name.removeprefix(_SCALE): value.to(self.device)
+            for name, value in tensors.items()
+            if name.startswith(_SCALE)
+        }
+        if scale:
+            self.scale = ObservationScale(**scale)
         prefix = "target."
         self.target.load_state_dict(
             {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.deciding import choose
 from tdmpc_prune.agent.distillation import distil
 from tdmpc_prune.agent.learner import update_macs
-from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.analysis import coefficients
 from tdmpc_prune.analysis.arms import CUTS, DENSE, REINITIALISED, SMALL, STUDENT
 from tdmpc_prune.analysis.config import CoefficientsConfig, StudyConfig
@@ -228,11 +226,9 @@ def _leave_new_networks(config: StudyConfig, job: Job, folder: Path) -> float:
     else:
         prune = CUTS["bayesian"].prune(job.sparsity, config.allocation, config.min_width)
         widths = launch.widths_after(_command(config, job, prune, folder))
-        model = _new_networks(widths, job)
     seconds = time.process_time() - began
-    settings = _training(config, job, Path(start), folder, 0)
-    run = launch.start(settings, _TYPED)
-    run.take_networks(model)
+    run = launch.start(_training(config, job, Path(start), folder, 0), _TYPED)
+    run.take_networks(model if job.arm == STUDENT else run.trainee.draw(widths, _new_seed(job)))
     run.save()
     return seconds
 
@@ -256,7 +252,7 @@ def _trained_on(config: StudyConfig, job: Job, where: Path, total: int) -> Run:
     even = replace(even, gather_updates=1)  # which units go says nothing of the widths
     widths = launch.widths_after(_command(config, job, even, Path(settings.run_dir)))
     run = _begun_or_resumed(settings)
-    run.take_networks(_new_networks(widths, job))
+    run.take_networks(run.trainee.draw(widths, _new_seed(job)))
     run.save()  # before anything is learnt, so that it is never taken for a dense run
     return run
 
@@ -294,9 +290,9 @@ def _training(
     )
 
 
-def _new_networks(widths: Widths, job: Job) -> WorldModel:
-    """Not those that the dense agent began with."""
-    return WorldModel(widths, torch.Generator().manual_seed(job.seed + 1_000))
+def _new_seed(job: Job) -> int:
+    """Of new networks: not those that the dense agent began with."""
+    return job.seed + 1_000
 
 
 def _has_checkpoint(settings: TrainConfig) -> bool:

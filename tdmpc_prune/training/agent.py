@@ -335,6 +335,8 @@ class AgentTraining:
         """One update from the replay buffer."""
         began = time.perf_counter()
         learning = self.config.model.learning
+        if learning.scale_observations and self.learner.scale is None:
+            self.learner.take_scale(torch.from_numpy(self.replay.observations()))
         batch, starts = self.replay.sample(learning.batch, self.rng, self.device)
         if learning.curiosity and not self.progress.met:
             batch = replace(
@@ -498,6 +500,13 @@ class AgentTraining:
         agent = self.agent(own | provenance, parent)
         write_agent(folder, replace(agent, parent=None) if agent.is_dense else agent)
 
+    def draw(self, widths: Widths, seed: int) -> WorldModel:
+        """Networks that have learnt nothing, for observations of the run's scale if it has one."""
+        model = WorldModel(widths, torch.Generator().manual_seed(seed)).to(self.device)
+        if self.learner.scale is not None:
+            self.learner.scale.fold(model.encoder[0])
+        return model
+
     def rebuild(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         model = WorldModel(Widths.of_weights(weights))
         model.load_state_dict(weights)
@@ -512,7 +521,9 @@ class AgentTraining:
         agent = self.config.model
         check_sizes(model, self.env, self.config.task)
         model = model.to(self.device)
-        self.learner = Learner(model, agent.planner, agent.learning, self.choice.path)
+        self.learner = Learner(
+            model, agent.planner, agent.learning, self.choice.path, self.learner.scale
+        )
         self._deciding = None
         self.learner.updates = updates
         if state:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.calibration import last_layers, latent_channels
@@ -132,9 +131,7 @@ def fit(config: DistilConfig, teacher: Agent) -> tuple[WorldModel, WorldModel, T
     whole.load_state_dict(gains.weights.get("model", trainee.model.state_dict()))
     pool = trainee.pool(whole)
     commit(plan, structure, trainee.computation())
-    student = WorldModel(
-        trainee.model.widths, torch.Generator().manual_seed(config.seed + _SEED)
-    ).to(trainee.device)
+    student = trainee.draw(trainee.model.widths, config.seed + _SEED)
     whole.to(trainee.device)
     refit(
         plan,
