@@ -197,7 +197,7 @@ def by_writer(structure, removed):
     }
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**31 - 1))
 @example(seed=671)  # inputs that all but depend on each other
 @example(seed=829)  # a LayerNorm over two units: all that follows is constant but for rounding

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import bootstrap, spearmanr
+from scipy.stats import bootstrap, rankdata
 
 from tdmpc_prune.analysis.config import SensitivityConfig
 from tdmpc_prune.analysis.subject import Score, load_subject
@@ -189,23 +189,24 @@ def correlate(losses: list[Loss], metric: str) -> dict[str, Correlation]:
 def _interval(view: np.ndarray) -> Correlation:
     """Of `[G, P, 2]`: groups are resampled, all pieces of a group together."""
 
-    def rho(chosen: np.ndarray) -> float:
-        pairs = view[chosen].reshape(-1, 2)
-        if (np.ptp(pairs, axis=0) == 0).any():
-            return 0.0
-        return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
+    def rho(chosen: np.ndarray, axis: int = -1) -> np.ndarray:  # Spearman's, of many at once
+        pairs = view[chosen].reshape(*chosen.shape[:-1], -1, 2)
+        ranks = rankdata(pairs, axis=-2)
+        off = ranks - ranks.mean(-2, keepdims=True)
+        products, squares = off.prod(-1).sum(-1), np.square(off).sum(-2).prod(-1)
+        return np.where(squares > 0, products / np.sqrt(np.where(squares > 0, squares, 1)), 0.0)
 
     everything = np.arange(len(view))
     found = bootstrap(
         (everything,),
         rho,
         n_resamples=_RESAMPLES,
-        vectorized=False,
+        vectorized=True,
         method="percentile",
         rng=np.random.default_rng(0),
     )
     low, high = found.confidence_interval
-    return Correlation(rho(everything), float(low), float(high))
+    return Correlation(float(rho(everything)), float(low), float(high))
 
 
 # --- Showing it ------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -160,7 +160,6 @@ class Watcher(TorchDispatchMode):
         self.numbers: list[Number] = []
         self._ties = ties
         self._made: dict[int, Tensor] = {}  # from nothing, inside a module
-        self._seen: dict[Any, tuple] = {}  # operations → shape, strides and type of their results
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -172,29 +171,12 @@ class Watcher(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self._note_numbers(func, args, kwargs)
         args, kwargs = self._drop_data(func, args, kwargs, tensors)
-        result = self._result(func, args, kwargs)
+        result = _result(func, args, kwargs)
         if func is torch.ops.aten._is_all_true.default and tensors[0].is_meta:
             result = torch.ones((), dtype=torch.bool)  # a distribution told to validate
         elif self._ties is not None:
             self._hand_on(func, args, kwargs, tensors, result)
         return result
-
-    def _result(self, func, args: tuple, kwargs: dict) -> Any:
-        """What an operation returns.
-
-        What a new tensor looks like is worked out once for each operation on the same shapes:
-        PyTorch does it in Python, and what is traced does most things again and again.
-        """
-        if not _makes_anew(func):
-            return func(*args, **kwargs)
-        key = func, _look((args, kwargs))
-        if key not in self._seen:
-            result = func(*args, **kwargs)
-            if isinstance(result, Tensor) and result.is_meta:
-                self._seen[key] = result.shape, result.stride(), result.dtype
-            return result
-        shape, stride, dtype = self._seen[key]
-        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
     def _hand_on(self, func, args: tuple, kwargs: dict, tensors: list[Tensor], result: Any) -> None:
         """Tie what an operation brings together, and give its result labels."""
@@ -274,15 +256,55 @@ def _makes_anew(func: torch._ops.OpOverload) -> bool:
     return all(each.alias_info is None for each in (*schema.arguments, *schema.returns))
 
 
+def _result(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
+    """What an operation returns.
+
+    What new tensors look like is worked out once for each operation on the same shapes: PyTorch
+    does it in Python, and what is traced does most things again and again.
+    """
+    if _makes_anew(func) and all(t.is_meta for t in tree_leaves((args, kwargs)) if _is_tensor(t)):
+        looks = _looks_of_result(func, _look(args), tuple(kwargs), _look(tuple(kwargs.values())))
+        if looks is not None:
+            return _shown(looks)
+    return func(*args, **kwargs)
+
+
+@lru_cache(maxsize=1 << 14)
+def _looks_of_result(func, args: tuple, names: tuple[str, ...], values: tuple) -> Any:
+    """The look of what an operation returns; None if that is not all tensors without data."""
+    result = func(*_shown(args), **dict(zip(names, _shown(values), strict=True)))
+    tensors = tree_leaves(result)
+    return _look(result) if all(_is_tensor(t) and t.is_meta for t in tensors) else None
+
+
+class _Look(NamedTuple):
+    """All that there is of a tensor without data."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
 def _look(value: Any) -> Any:
-    """All of an operation's arguments that its result can be told from; tensors have no data."""
+    """An operation's arguments, or its result, as something that can be looked up."""
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
+        return _Look(value.shape, value.stride(), value.dtype)
     if isinstance(value, (list, tuple)):
         return tuple(map(_look, value))
-    if isinstance(value, dict):
-        return tuple((name, _look(part)) for name, part in value.items())
-    return type(value), value
+    return type(value), value  # 1, 1.0 and True are not the same
+
+
+def _shown(look: Any) -> Any:
+    """What has this look, with new tensors."""
+    if isinstance(look, _Look):
+        return torch.empty_strided(look.shape, look.stride, dtype=look.dtype, device="meta")
+    if look and isinstance(look[0], type):
+        return look[1]
+    return tuple(map(_shown, look))
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
 
 
 @cache
