@@ -178,6 +178,21 @@ def test_keys_reach_the_viewer_and_it_closes_cleanly():
     assert frames > 10 and threads == 1
 
 
+# A command that says when a hundred frames have been drawn, however slow the drawing is.
+_COUNTED = """
+import runpy, sys
+from tdmpc_prune.envs import Viewer
+show = Viewer.show
+def counted(self, *arguments):
+    show(self, *arguments)
+    if self.frames == 100:
+        print("a hundred", file=sys.stderr, flush=True)
+Viewer.show = counted
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @needs_xvfb
 @pytest.mark.parametrize("agent", ["suite", "gym"])
 def test_an_agent_plays_a_hundred_frames_in_the_viewer(agents, agent):
@@ -185,10 +200,12 @@ def test_an_agent_plays_a_hundred_frames_in_the_viewer(agents, agent):
 
     with xvfb() as (display, _):
         script = str(ROOT / "scripts/evaluate.py")
-        viewer = viewing(display, script, f"checkpoint={agents / agent}", "viewer=true")
+        arguments = [script, f"checkpoint={agents / agent}", "viewer=true"]
+        viewer = viewing(display, "-c", _COUNTED, *arguments)
         connection = Display(display)
         window = find_window(connection)
-        time.sleep(20)  # at least 5 frames a second, however slow the drawing is
+        while (line := viewer.stderr.readline()) != "a hundred\n":
+            assert line, viewer.communicate()
         press(connection, window, "Return")
         time.sleep(2)
         close(connection, window)
