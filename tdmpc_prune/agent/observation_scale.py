@@ -1,9 +1,11 @@
-"""Observations of any size: the encoder learns as if they were centred and scaled (ours).
+"""Observations of any size: the encoder learns as if none of them were small or huge (ours).
 
 Adam moves every weight by about the same, so that what an agent makes of an observation moves with
-the observation's size: of a velocity of 10 a hundred times as fast as of an angle of 0.1. Learning
-divides by that size. The weights are those of raw observations at all times: what is cut, saved,
-exported or played needs to know nothing of a scale.
+the observation's size: of an angle of 0.1 a hundredth as fast as of a velocity of 10. Learning
+centres and enlarges what varies little, and shrinks what varies by far too much. What lies between
+is left alone: random decisions go further than good ones, and dividing by what they reach takes
+away from the precision that is needed later. The weights are those of raw observations at all
+times: what is cut, saved, exported or played needs to know nothing of a scale.
 
 Shapes: O observation width, E units of the encoder's first layer.
 """
@@ -17,37 +19,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_SMALLEST_STD = 0.01  # what varies less is not scaled: it may not have begun to vary yet
+_USUAL = (1.0, 10.0)  # deviations of what is left alone
+_SMALLEST = 0.01  # so is what varies less: it may not have begun to vary yet
 
 
 @dataclass(frozen=True)
 class ObservationScale:
     """What observations are centred on and divided by."""
 
-    mean: Tensor  # [O]
-    std: Tensor  # [O]
+    centre: Tensor  # [O]
+    size: Tensor  # [O]
 
     @staticmethod
     def of(observations: Tensor) -> ObservationScale:
         """The scale of `observations` `[N, O]`."""
-        std = observations.std(0, correction=0)
-        return ObservationScale(
-            observations.mean(0), torch.where(std < _SMALLEST_STD, torch.ones_like(std), std)
-        )
+        mean, std = observations.mean(0), observations.std(0, correction=0)
+        size = torch.where(std < _SMALLEST, 1.0, std / std.clamp(*_USUAL))
+        return ObservationScale(torch.where(size == 1, 0.0, mean), size)
 
     @torch.no_grad()
     def fold(self, layer: nn.Linear) -> None:
         """Let a layer that was drawn for scaled observations take raw ones."""
-        layer.weight /= self.std
-        layer.bias -= layer.weight @ self.mean
+        layer.weight /= self.size
+        layer.bias -= layer.weight @ self.centre
 
     @contextmanager
     def scaled_gradient(self, layer: nn.Linear) -> Iterator[None]:
         """Inside, a layer's gradient `[E, O]` is that of a layer that takes scaled observations."""
         weight, bias = layer.weight.grad, layer.bias.grad
-        weight.sub_(torch.outer(bias, self.mean)).div_(self.std)
+        weight.sub_(torch.outer(bias, self.centre)).div_(self.size)
         yield
-        weight.mul_(self.std).add_(torch.outer(bias, self.mean))
+        weight.mul_(self.size).add_(torch.outer(bias, self.centre))
 
     @torch.no_grad()
     def step(self, layer: nn.Linear, step: Callable[[], None]) -> None:
@@ -55,6 +57,6 @@ class ObservationScale:
         before = layer.weight.detach().clone()
         with self.scaled_gradient(layer):
             step()
-        moved = (layer.weight - before) / self.std
+        moved = (layer.weight - before) / self.size
         layer.weight.copy_(before + moved)
-        layer.bias.sub_(moved @ self.mean)
+        layer.bias.sub_(moved @ self.centre)
