@@ -5,6 +5,7 @@ leave behind (working directory, arguments, environment, threads, Hydra's state)
 """
 
 import contextlib
+import copy
 import io
 import os
 import runpy
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import absl.logging
 import torch
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 # Hydra closes every log handler, and that of absl (dm_control's) would close pytest's stderr, too.
@@ -52,6 +54,7 @@ def run(script, *arguments, cwd) -> Done:
     """Run `scripts/<script>` here."""
     out, errors = io.StringIO(), io.StringIO()
     before = sys.argv, dict(os.environ), torch.get_num_threads()
+    choices = copy.deepcopy(ConfigStore.instance().repo)
     code = 0
     try:
         with (
@@ -74,6 +77,8 @@ def run(script, *arguments, cwd) -> Done:
         os.environ.update(before[1])
         torch.set_num_threads(before[2])
         GlobalHydra.instance().clear()
+        store = ConfigStore.instance()  # plugins declare theirs once, when they are imported
+        store.repo = choices | {name: own for name, own in store.repo.items() if name == "hydra"}
     return Done(code, out.getvalue(), errors.getvalue())
 
 

@@ -22,6 +22,7 @@ from tdmpc_prune.agent.planner import planning_macs
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.prunable import Computation, tag
+from tdmpc_prune.pruning import tracing
 from tdmpc_prune.pruning.allocation import make_plan
 from tdmpc_prune.pruning.config import ALLOCATIONS, PruneConfig
 from tdmpc_prune.pruning.groups import find_groups
@@ -619,6 +620,29 @@ def test_channels_picked_by_position_or_met_from_outside_stay(operation):
 def test_what_leaves_out_a_removed_channel_lets_it_be_pruned(operation):
     net = nn.Sequential(nn.Linear(5, 8))
     assert widths_of(net, lambda m, x: operation(m(x))) == {"0": 8}
+
+
+def test_a_second_trace_is_as_the_first():
+    """What is kept from one trace to the next knows nothing of chance or of the default dtype."""
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.last(torch.relu(self.first(x)) * torch.rand(1))
+
+    def widths():
+        network = tag(Noisy(), "all")
+        x = torch.zeros(2, 3, device="meta")
+        return find_groups(Computation({"model": network}, lambda n: n["model"](x))).widths
+
+    assert widths() == widths() == {"first": 8}
+    whole = torch.zeros(3, dtype=torch.int64, device="meta")
+    for dtype in (torch.float64, torch.float32):
+        torch.set_default_dtype(dtype)
+        assert tracing._result(torch.ops.aten.div.Tensor, (whole, whole), {}).dtype == dtype
 
 
 def test_a_module_without_a_component_is_named():

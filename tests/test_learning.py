@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tdmpc_prune.agent.learner import Learner
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.training import launch
 from tdmpc_prune.training.config import TrainConfig
@@ -28,6 +29,27 @@ def test_it_reaches_the_known_optimum(tmp_path):
     evaluation = launch.start(config, []).run()
     assert evaluation.mean > 0.97 * REACH_OPTIMUM
     assert evaluation.mean < REACH_OPTIMUM + 1e-6
+
+
+@pytest.mark.parametrize("going_on", [False, True])
+def test_the_rate_of_a_run_falls_at_its_own_end(tmp_path, monkeypatch, going_on):
+    config = small_config(tmp_path / "run")
+    if going_on:
+        launch.start(config, []).run()
+        config = replace(
+            config, run_dir=str(tmp_path / "on"), start_from=config.run_dir, env_steps=400
+        )
+    rates = []
+    update = Learner.update
+
+    def noted(self, *arguments, rate=None, **others):
+        rates.append(rate)
+        return update(self, *arguments, rate=rate, **others)
+
+    monkeypatch.setattr(Learner, "update", noted)
+    launch.start(config, []).run()
+    assert rates[0] == 1e-3 and rates[-1] == pytest.approx(5e-5)
+    assert len(rates) == 200 and rates.count(1e-3) == 140  # of the last fifth, and its episode
 
 
 def test_it_is_there_still_with_a_fifth_of_its_parameters(tmp_path):

@@ -11,7 +11,9 @@ from tdmpc_prune.agent.config import LearningConfig, PlannerConfig
 from tdmpc_prune.agent.learner import Learner
 from tdmpc_prune.agent.observation_scale import ObservationScale
 from tdmpc_prune.agent.replay import Batch
-from tdmpc_prune.agent.world_model import Widths
+from tdmpc_prune.agent.world_model import Widths, WorldModel
+from tdmpc_prune.training import launch
+from tests.small import small_config
 from tests.test_fused import make_batch, make_model
 
 WIDTHS = Widths(5, 2, 7, (19,), (23, 9), (8, 11), (13, 6), ((10, 17), (12, 5)))
@@ -81,7 +83,7 @@ def test_without_a_scale_it_would_not_be():
 
 
 def test_hooks_see_the_gradients_of_the_weights_as_they_are():
-    """A weight times its gradient, of all that a unit has, does not depend on the scale."""
+    """Which do not depend on how they are learnt from."""
     seen = []
     for with_scale in (False, True):
         own = Learner(
@@ -121,17 +123,13 @@ def test_updates_in_c_have_the_same_scale():
 def test_what_is_small_is_enlarged_and_what_is_huge_shrunk():
     spread = torch.tensor([0.0, 0.001, 0.05, 0.5, 1.0, 3.0, 10.0, 1000.0])
     scale = ObservationScale.of(torch.stack([7 - spread, 7 + spread]))
-    expected = torch.tensor([1.0, 1.0, 0.05, 0.5, 1.0, 1.0, 1.0, 100.0])
+    expected = torch.tensor([1.0, 1.0, 1.0, 0.5, 1.0, 1.0, 1.0, 100.0])
     torch.testing.assert_close(scale.size, expected, rtol=1e-4, atol=0)
-    assert scale.centre.tolist() == pytest.approx([0, 0, 7, 7, 0, 0, 0, 7])
-
-
-def test_a_trained_network_keeps_what_it_does():
-    own = Learner(make_model(WIDTHS), PlannerConfig(), CONFIG)
-    own.updates = 1
-    before = copy.deepcopy(own.model.state_dict())
-    own.take_scale(observations().float())
-    assert all(torch.equal(before[name], w) for name, w in own.model.state_dict().items())
+    assert scale.centre.tolist() == pytest.approx([0, 0, 0, 7, 0, 0, 0, 7])
+    near = ObservationScale.of(torch.stack([1 - spread, 1 + spread]))
+    assert near.size[2] == pytest.approx(0.05) and near.centre[2] == pytest.approx(1)
+    tiny = ObservationScale.of(torch.tensor([[-0.02], [0.02]]))  # enlarged by so much and no more
+    assert tiny.size.tolist() == pytest.approx([0.05])
 
 
 def test_it_goes_on_after_a_resume():
@@ -143,3 +141,17 @@ def test_it_goes_on_after_a_resume():
         each.update(batch, torch.Generator().manual_seed(9))
     for ours, theirs in zip(own.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_new_networks_of_a_run_are_drawn_for_its_scale_which_stays(tmp_path):
+    trained = launch.start(small_config(tmp_path / "run"), [])
+    trained.run()
+    trainee, widths = trained.trainee, trained.trainee.model.widths
+    assert trainee.learner.scale is not None
+    plain = WorldModel(widths, torch.Generator().manual_seed(5)).encoder[0]
+    scale = trainee.learner.scale = ObservationScale(torch.tensor([3.0]), torch.tensor([0.5]))
+    drawn = trainee.draw(widths, 5)
+    torch.testing.assert_close(drawn.encoder[0].weight, plain.weight / 0.5)
+    torch.testing.assert_close(drawn.encoder[0].bias, -3 * drawn.encoder[0].weight[:, 0])
+    trained.take_networks(drawn)
+    assert trainee.learner.scale is scale

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
 from tdmpc_prune.analysis import sensitivity
 from tdmpc_prune.analysis.sensitivity import RANDOM, RANKED, Loss, Removal
@@ -59,6 +60,17 @@ def test_within_their_group_the_groups_do_not_matter():
     assert correlations["pieces within their group"].rho == pytest.approx(-1.0)
 
 
+@pytest.mark.parametrize("lost", [[[1, 1], [2, 5], [2, 3]], [[4, 4], [4, 4], [4, 4]]])
+def test_the_correlation_is_spearmans(lost):
+    """With ties, and 0 where there is nothing to rank."""
+    lost, good = np.array(lost, float), np.array([[3.0, 1.0], [2.0, 2.0], [7.0, 9.0]])
+    found = sensitivity.correlate(losses_of(lost, good), "good")["pieces"]
+    constant = np.ptp(lost) == 0
+    expected = 0.0 if constant else spearmanr(good.ravel(), lost.ravel()).statistic
+    assert found.rho == pytest.approx(expected)
+    assert (found.low, found.high) == (0, 0) if constant else found.low < found.rho < found.high
+
+
 @pytest.mark.parametrize("kind", ["autoencoder", "agent"])
 def test_as_typed(trained, tmp_path, kind):
     arguments = [f"checkpoint={trained / kind}", "fractions=[0.5]", "episodes=1", "out=s"]
@@ -92,7 +104,7 @@ def test_as_typed(trained, tmp_path, kind):
         (["checkpoint=.", "processes=0"], "processes=0 must be at least 1"),
         (["checkpoint=.", "groups=[a,a]"], "repeats one"),
         (["checkpoint=.", "out=nowhere/x"], "out=nowhere/x cannot be written"),
-        (["checkpoint=.", "prune=none"], "prune=none "),
+        (["checkpoint=.", "prune=none"], "prune=none is not a choice"),
     ],
 )
 def test_wrong_input_is_one_line(tmp_path, arguments, message):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 
@@ -204,8 +206,12 @@ def test_an_agent_plays_a_hundred_frames_in_the_viewer(agents, agent):
         viewer = viewing(display, "-c", _COUNTED, *arguments)
         connection = Display(display)
         window = find_window(connection)
-        while (line := viewer.stderr.readline()) != "a hundred\n":
-            assert line, viewer.communicate()
+        patience = threading.Timer(120, viewer.kill)
+        patience.start()
+        said = iter(viewer.stderr.readline, "")
+        earlier = list(itertools.takewhile("a hundred\n".__ne__, said))
+        patience.cancel()
+        assert viewer.poll() is None, earlier
         press(connection, window, "Return")
         time.sleep(2)
         close(connection, window)

@@ -113,7 +113,8 @@ class LearningConfig:
     learning_rate: float = setting(1e-3, "of both Adam optimisers")
     cooldown: float = setting(
         0.2,
-        "last share of a run over which the learning rate falls, to a twentieth; 0 is none",
+        "last share of a run over which the learning rate falls, to a twentieth; 0 is none; a "
+        "run that is resumed for longer goes back up",
         before=0.0,
     )
     gradient_clip: float = setting(10.0, "largest norm of a gradient")
@@ -140,7 +141,8 @@ class LearningConfig:
     )
     scale_observations: bool = setting(
         True,
-        "learn as if observations were centred and scaled as they are in the random decisions",
+        "learn as if observations that vary little in the random decisions were enlarged, and huge "
+        "ones shrunk",
         before=False,
     )
     curiosity: float = setting(

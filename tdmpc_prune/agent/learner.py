@@ -143,7 +143,7 @@ class Learner:
     A hook in `gradient_hooks` is called as `hook(loss, parameters)` at an update, once with
     "model_loss" and once with "policy_loss", after the backward pass of that loss and before its
     optimiser step. `parameters` are those that the loss trains, with their names; their gradients
-    are in `.grad`, clipped, by the weights as they are.
+    are in `.grad`: of the weights as they are, clipped by the norm at the observations' scale.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class Learner:
             NonFiniteLoss: naming the term, before any weight has changed by it.
         """
         for optimiser in self.optimisers.values():
-            optimiser.param_groups[0]["lr"] = rate or self.config.learning_rate
+            optimiser.param_groups[0]["lr"] = self.config.learning_rate if rate is None else rate
         horizon, size = batch.rewards.shape
         noise = torch.randn(
             2 * horizon + 1,
@@ -251,12 +251,11 @@ class Learner:
     def take_scale(self, observations: Tensor) -> None:
         """Learn from now on at the scale of `observations` `[N, O]`.
 
-        Networks that have learnt nothing begin as if they were drawn for scaled observations.
+        The networks have learnt nothing yet, and are as if they were drawn for scaled observations.
         """
         self.scale = ObservationScale.of(observations.to(self.device))
-        if not self.updates:
-            for network in (self.model, self.target):
-                self.scale.fold(network.encoder[0])
+        for network in (self.model, self.target):
+            self.scale.fold(network.encoder[0])
 
     def _move_average(self) -> None:
         """Once per decision: of all models since it began, at most of those of the window."""

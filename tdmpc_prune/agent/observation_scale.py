@@ -3,9 +3,9 @@
 Adam moves every weight by about the same, so that what an agent makes of an observation moves with
 the observation's size: of an angle of 0.1 a hundredth as fast as of a velocity of 10. Learning
 centres and enlarges what varies little, and shrinks what varies by far too much. What lies between
-is left alone: random decisions go further than good ones, and dividing by what they reach takes
-away from the precision that is needed later. The weights are those of raw observations at all
-times: what is cut, saved, exported or played needs to know nothing of a scale.
+is left alone: random decisions go further than good ones, which need to be precise. The weights are
+those of raw observations at all times: whoever saves, exports or plays them needs to know nothing
+of a scale. Offline steps (`distillation.py`) are of raw observations.
 
 Shapes: O observation width, E units of the encoder's first layer.
 """
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 _USUAL = (1.0, 10.0)  # deviations of what is left alone
 _SMALLEST = 0.01  # so is what varies less: it may not have begun to vary yet
+_ENLARGED = 20  # times at most
+_FAR = 100  # what lies so many deviations from zero is left alone: rounding would be all it learns
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class ObservationScale:
     def of(observations: Tensor) -> ObservationScale:
         """The scale of `observations` `[N, O]`."""
         mean, std = observations.mean(0), observations.std(0, correction=0)
-        size = torch.where(std < _SMALLEST, 1.0, std / std.clamp(*_USUAL))
+        size = (std / std.clamp(*_USUAL)).clamp(min=1 / _ENLARGED)
+        size = torch.where((std < _SMALLEST) | (mean.abs() > _FAR * std), 1.0, size)
         return ObservationScale(torch.where(size == 1, 0.0, mean), size)
 
     @torch.no_grad()
@@ -48,8 +51,10 @@ class ObservationScale:
         """Inside, a layer's gradient `[E, O]` is that of a layer that takes scaled observations."""
         weight, bias = layer.weight.grad, layer.bias.grad
         weight.sub_(torch.outer(bias, self.centre)).div_(self.size)
-        yield
-        weight.mul_(self.size).add_(torch.outer(bias, self.centre))
+        try:
+            yield
+        finally:
+            weight.mul_(self.size).add_(torch.outer(bias, self.centre))
 
     @torch.no_grad()
     def step(self, layer: nn.Linear, step: Callable[[], None]) -> None:

@@ -194,7 +194,7 @@ def _interval(view: np.ndarray) -> Correlation:
         ranks = rankdata(pairs, axis=-2)
         off = ranks - ranks.mean(-2, keepdims=True)
         products, squares = off.prod(-1).sum(-1), np.square(off).sum(-2).prod(-1)
-        return np.where(squares > 0, products / np.sqrt(np.where(squares > 0, squares, 1)), 0.0)
+        return np.where(squares == 0, 0.0, products / np.sqrt(np.where(squares == 0, 1, squares)))
 
     everything = np.arange(len(view))
     found = bootstrap(

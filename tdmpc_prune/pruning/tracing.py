@@ -262,19 +262,24 @@ def _result(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
     What new tensors look like is worked out once for each operation on the same shapes: PyTorch
     does it in Python, and what is traced does most things again and again.
     """
-    if _makes_anew(func) and all(t.is_meta for t in tree_leaves((args, kwargs)) if _is_tensor(t)):
-        looks = _looks_of_result(func, _look(args), tuple(kwargs), _look(tuple(kwargs.values())))
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if _makes_anew(func) and tensors and all(tensor.is_meta for tensor in tensors):
+        given = _look(args), tuple(kwargs), _look(tuple(kwargs.values()))
+        looks = _looks_of_result(func, *given, torch.get_default_dtype())
         if looks is not None:
             return _shown(looks)
     return func(*args, **kwargs)
 
 
 @lru_cache(maxsize=1 << 14)
-def _looks_of_result(func, args: tuple, names: tuple[str, ...], values: tuple) -> Any:
-    """The look of what an operation returns; None if that is not all tensors without data."""
+def _looks_of_result(func, args: tuple, names: tuple, values: tuple, _: torch.dtype) -> Any:
+    """The look of what an operation returns; None if that is not all tensors without data.
+
+    By the arguments' looks, and the default dtype, on which some results depend.
+    """
     result = func(*_shown(args), **dict(zip(names, _shown(values), strict=True)))
-    tensors = tree_leaves(result)
-    return _look(result) if all(_is_tensor(t) and t.is_meta for t in tensors) else None
+    made = all(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(result))
+    return _look(result) if made else None
 
 
 class _Look(NamedTuple):
@@ -295,16 +300,12 @@ def _look(value: Any) -> Any:
 
 
 def _shown(look: Any) -> Any:
-    """What has this look, with new tensors."""
+    """What has this look, with new tensors; lists are tuples."""
     if isinstance(look, _Look):
         return torch.empty_strided(look.shape, look.stride, dtype=look.dtype, device="meta")
     if look and isinstance(look[0], type):
         return look[1]
     return tuple(map(_shown, look))
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 @cache

@@ -61,6 +61,7 @@ class Progress:
     """How far an agent's training is."""
 
     env_steps: int = 0  # simulator steps of finished episodes
+    began: int = 0  # of those, made by the run that this one started from
     decisions: int = 0
     episodes: int = 0
     met: bool = False  # whether rewards have been met often enough to learn from
@@ -335,7 +336,8 @@ class AgentTraining:
         """One update from the replay buffer."""
         began = time.perf_counter()
         learning = self.config.model.learning
-        if learning.scale_observations and self.learner.scale is None:
+        fresh = not self.learner.updates and self.learner.scale is None
+        if learning.scale_observations and fresh:
             self.learner.take_scale(torch.from_numpy(self.replay.observations()))
         batch, starts = self.replay.sample(learning.batch, self.rng, self.device)
         if learning.curiosity and not self.progress.met:
@@ -344,7 +346,8 @@ class AgentTraining:
             )
         # Once per decision: at every update the tracker would take a quarter of the time.
         watched = self.learner.updates % updates_at_once(learning) == 0
-        rate = learning.rate_at(self.now / self.end)
+        began = self.progress.began
+        rate = learning.rate_at((self.now - began) / max(1, self.end - began))
         metrics, priorities = self.learner.update(batch, self.generator, watched=watched, rate=rate)
         self.replay.set_priorities(starts, priorities)
         self.progress.updates_due -= 1
@@ -623,6 +626,7 @@ class AgentTraining:
             progress.env_steps = saved.provenance["env_steps"]
             progress.decisions = saved.provenance["decisions"]
             progress.episodes_to_gather = config.prune.gather_episodes
+        progress.began = progress.env_steps
 
     def measurement(self, values: dict[str, Any]) -> Evaluation:
         return Evaluation(**values)
