@@ -1,11 +1,11 @@
 """Running a command as a person types it: in this process, or in one of its own.
 
 A command in this process costs no second interpreter and no second import of PyTorch. What it might
-leave behind (working directory, arguments, environment, threads, Hydra's state) is put back.
+leave behind (working directory, arguments, environment, threads, Hydra's state) is put back, but for
+the choices that it has declared to Hydra.
 """
 
 import contextlib
-import copy
 import io
 import os
 import runpy
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import absl.logging
 import torch
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 # Hydra closes every log handler, and that of absl (dm_control's) would close pytest's stderr, too.
@@ -54,7 +53,6 @@ def run(script, *arguments, cwd) -> Done:
     """Run `scripts/<script>` here."""
     out, errors = io.StringIO(), io.StringIO()
     before = sys.argv, dict(os.environ), torch.get_num_threads()
-    choices = copy.deepcopy(ConfigStore.instance().repo)
     code = 0
     try:
         with (
@@ -77,8 +75,6 @@ def run(script, *arguments, cwd) -> Done:
         os.environ.update(before[1])
         torch.set_num_threads(before[2])
         GlobalHydra.instance().clear()
-        store = ConfigStore.instance()  # plugins declare theirs once, when they are imported
-        store.repo = choices | {name: own for name, own in store.repo.items() if name == "hydra"}
     return Done(code, out.getvalue(), errors.getvalue())
 
 

@@ -424,3 +424,11 @@ def test_a_missing_or_foreign_checkpoint_is_one_line(tmp_path):
         done = run("evaluate.py", f"checkpoint={checkpoint}", cwd=tmp_path)
         assert done.returncode == 2
         assert len(done.stderr.strip().splitlines()) == 1 and message in done.stderr
+
+
+@pytest.mark.parametrize("script", ["sensitivity.py", "optimize_coefficients.py"])
+def test_what_ranks_nothing_is_no_choice(tmp_path, script):
+    """In a process of its own: in this one other commands have declared it."""
+    done = run_process(script, "checkpoint=.", "prune=none", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: prune=none is not a choice; the choices are bayesian")

@@ -104,7 +104,6 @@ def test_as_typed(trained, tmp_path, kind):
         (["checkpoint=.", "processes=0"], "processes=0 must be at least 1"),
         (["checkpoint=.", "groups=[a,a]"], "repeats one"),
         (["checkpoint=.", "out=nowhere/x"], "out=nowhere/x cannot be written"),
-        (["checkpoint=.", "prune=none"], "prune=none is not a choice"),
     ],
 )
 def test_wrong_input_is_one_line(tmp_path, arguments, message):
