@@ -1,8 +1,8 @@
 """Running a command as a person types it: in this process, or in one of its own.
 
 A command in this process costs no second interpreter and no second import of PyTorch. What it might
-leave behind (working directory, arguments, environment, threads, Hydra's state) is put back, but for
-the choices that it has declared to Hydra.
+leave behind (working directory, arguments, environment, threads, Hydra's state) is put back; the
+choices that it has declared to Hydra stay.
 """
 
 import contextlib
