@@ -640,9 +640,12 @@ def test_a_second_trace_is_as_the_first():
 
     assert widths() == widths() == {"first": 8}
     whole = torch.zeros(3, dtype=torch.int64, device="meta")
-    for dtype in (torch.float64, torch.float32):
-        torch.set_default_dtype(dtype)
-        assert tracing._result(torch.ops.aten.div.Tensor, (whole, whole), {}).dtype == dtype
+    try:
+        for dtype in (torch.float64, torch.float32):
+            torch.set_default_dtype(dtype)
+            assert tracing._result(torch.ops.aten.div.Tensor, (whole, whole), {}).dtype == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_module_without_a_component_is_named():

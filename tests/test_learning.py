@@ -10,6 +10,7 @@ from tdmpc_prune.agent.learner import Learner
 from tdmpc_prune.pruning.config import PruneConfig
 from tdmpc_prune.training import launch
 from tdmpc_prune.training.config import TrainConfig
+from tdmpc_prune.training.log import Averages
 from tests.small import AGENT, PRUNE, small_config
 from tests.synthetic import REACH_OPTIMUM
 
@@ -47,7 +48,15 @@ def test_the_rate_of_a_run_falls_at_its_own_end(tmp_path, monkeypatch, going_on)
         return update(self, *arguments, rate=rate, **others)
 
     monkeypatch.setattr(Learner, "update", noted)
+    took, add = [], Averages.add
+
+    def timed(self, values):
+        took.extend(v for name, v in values.items() if name == "speed/milliseconds per update")
+        return add(self, values)
+
+    monkeypatch.setattr(Averages, "add", timed)
     launch.start(config, []).run()
+    assert len(took) == 200 and all(0 < milliseconds < 20_000 for milliseconds in took)
     assert rates[0] == 1e-3 and rates[-1] == pytest.approx(5e-5)
     assert len(rates) == 200 and rates.count(1e-3) == 140  # of the last fifth, and its episode
 
