@@ -10,6 +10,7 @@ import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -85,13 +86,16 @@ def machine() -> str:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
     packages = ("tdmpc-prune", "torch", "numpy", "gymnasium", "dm-control", "mujoco")
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    python = {"python": platform.python_version()}
+    return python | {package: _version(package) for package in packages}
+
+
+@cache
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def commit() -> str:

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,6 +168,12 @@ def thawed(config: Any) -> DictConfig:
     return node
 
 
+@cache
+def _schema_node(schema: type) -> DictConfig:
+    """Never to be changed."""
+    return thawed(schema)
+
+
 def to_plain(config: Any) -> dict[str, Any]:
     """A configuration as nested dicts of JSON types."""
     return dataclasses.asdict(config)
@@ -192,7 +199,7 @@ def from_plain(schema: type, values: dict[str, Any]) -> Any:
 
     try:
         values = _with_what_was_meant(schema, values)
-        merged = OmegaConf.merge(thawed(schema), OmegaConf.create(values))
+        merged = OmegaConf.merge(_schema_node(schema), OmegaConf.create(values))
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"{schema.__name__}: {str(error).splitlines()[0]}") from error

@@ -212,8 +212,17 @@ def test_a_search_is_not_judged_by_what_it_chose_from(trained, kind):
     assert scores[0] == scores[1] != scores[2]
 
 
-@pytest.mark.parametrize("kind", ["autoencoder", "agent"])
-@pytest.mark.parametrize("method", ["gradient", "grid", "uniform"])
+@pytest.mark.parametrize(
+    ("method", "kind"),  # up to ten seconds each
+    [
+        ("gradient", "agent"),
+        ("grid", "autoencoder"),
+        ("uniform", "autoencoder"),
+        pytest.param("gradient", "autoencoder", marks=pytest.mark.slow),
+        pytest.param("grid", "agent", marks=pytest.mark.slow),
+        pytest.param("uniform", "agent", marks=pytest.mark.slow),
+    ],
+)
 def test_coefficients_are_found_saved_and_carried_out(trained, tmp_path, kind, method):
     arguments = [f"checkpoint={trained / kind}", f"method={method}", "sparsity=0.5"]
     arguments += ["tolerance=0.05", "fine_tuning=20", "episodes=1"]

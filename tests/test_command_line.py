@@ -362,8 +362,15 @@ def test_a_sweep_goes_on_past_a_job_that_fails(tmp_path, launcher):
     assert last.startswith("error: 2 of 2 jobs failed: seed=3, seed=4: prune.steps=3 has no effect")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+@pytest.mark.parametrize(
+    ("launcher", "number", "code"),
+    [
+        ("basic", signal.SIGTERM, 143),
+        ("joblib", signal.SIGINT, 130),
+        pytest.param("basic", signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param("joblib", signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_stops_a_whole_sweep_and_all_jobs_save(tmp_path, launcher, number, code):
     arguments = ["env_steps=100000", "eval_every=100000"]
     if launcher == "joblib":

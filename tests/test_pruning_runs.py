@@ -147,9 +147,12 @@ def test_importance_is_on_file_for_every_metric(whole_run):
     assert all(value > 0 for value in densities["bayesian"].values())
 
 
+STOPS = [*((which, False) for which in (1, 2, 4)), *((which, True) for which in (0, 1, 2, 3, 7))]
+
+
 @pytest.mark.parametrize(
-    ("which", "saved"),
-    [*((which, False) for which in (1, 2, 4)), *((which, True) for which in (0, 1, 2, 3, 7))],
+    ("which", "saved"),  # the last of each kind here, all others with -m slow
+    [pytest.param(*stop, marks=[pytest.mark.slow] * (stop[0] not in (4, 7))) for stop in STOPS],
 )
 def test_a_run_stopped_in_a_pruning_step_resumes_exactly(whole_run, tmp_path, which, saved):
     """Killed before the step's `which`-th action, or stopped with its state saved after it."""
@@ -253,7 +256,10 @@ def test_a_step_that_does_not_recover_is_undone_exactly(tmp_path, monkeypatch, c
     assert agent.provenance["pruning"]["cuts"] == len(steps) - len(failed)
 
 
-@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize(
+    "part",  # seconds each
+    [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2))],
+)
 def test_a_run_killed_around_an_undone_step_resumes_exactly(once, tmp_path, monkeypatch, part):
     returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
 
@@ -331,7 +337,7 @@ def test_a_smaller_cut_is_not_tried_without_the_time_to_recover(tmp_path, monkey
     assert end["shortfall"].endswith("0 env steps were left, and a smaller cut needs 80 to recover")
 
 
-@pytest.mark.parametrize("step", [3, 4])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 4])  # seconds each
 def test_a_run_killed_while_it_tries_again_resumes_exactly(once, tmp_path, monkeypatch, step):
     returns(monkeypatch, lambda parameters: 100.0 if parameters > 900 else 50.0)
 
@@ -602,7 +608,7 @@ def test_a_run_cannot_be_shortened_into_its_schedule(whole_run, tmp_path):
         launch.resume(config, ["resume", "env_steps"])
 
 
-@pytest.mark.parametrize("after", [3, 30])
+@pytest.mark.parametrize("after", [pytest.param(3, marks=pytest.mark.slow), 30])  # seconds each
 def test_pruning_a_finished_agent_resumes_exactly(once, dense, tmp_path, after):
     def make(folder):
         launch.start(launch.pruning_run(finished(dense, folder / "run"), []), []).run()

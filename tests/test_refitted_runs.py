@@ -268,7 +268,10 @@ def whole(once):
     return once("compensated", make)[0] / "run"
 
 
-@pytest.mark.parametrize("due", ["cut", "mend", ("mend", "measure")])
+@pytest.mark.parametrize(
+    "due",  # ten seconds each
+    [*(pytest.param(due, marks=pytest.mark.slow) for due in ("cut", "mend")), ("mend", "measure")],
+)
 def test_a_run_resumes_exactly_around_a_cut_that_is_ranked_by_data(whole, tmp_path, due):
     wanted = due if isinstance(due, tuple) else (None, due)
     trainer = launch.start(replace(pruning_config(tmp_path / "run"), prune=LAST), ["train.py"])

@@ -361,7 +361,10 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
     assert after[: len(before)] == before and after == [20 * (i + 1) for i in range(60)]
 
 
-@pytest.mark.parametrize("launcher", ["basic", "joblib", "ray"])
+@pytest.mark.parametrize(
+    "launcher",  # Ray takes most of a minute to begin and to end
+    ["basic", "joblib", pytest.param("ray", marks=pytest.mark.slow)],
+)
 def test_launchers(tmp_path, launcher):
     if launcher == "ray" and not importlib.util.find_spec("hydra_plugins.hydra_ray_launcher"):
         pytest.skip("Ray is not installed (pip install -e '.[ray]')")

@@ -10,7 +10,7 @@ sides of a loss. What nodes and ties are is in `ties.py`; the rules, one per ope
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -168,10 +168,11 @@ class Watcher(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = _tensors((*args, *kwargs.values()))
         self._note_numbers(func, args, kwargs)
         args, kwargs = self._drop_data(func, args, kwargs, tensors)
-        result = _result(func, args, kwargs)
+        empty = any(tensor.is_meta for tensor in tensors)
+        result = _result(func, args, kwargs) if empty else func(*args, **kwargs)
         if func is torch.ops.aten._is_all_true.default and tensors[0].is_meta:
             result = torch.ones((), dtype=torch.bool)  # a distribution told to validate
         elif self._ties is not None:
@@ -249,6 +250,17 @@ class Watcher(TorchDispatchMode):
         self.numbers.append(Number(self.running.place(), str(func), tuple(values)))
 
 
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Those among an operation's arguments, in lists too."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
+
+
 @cache
 def _makes_anew(func: torch._ops.OpOverload) -> bool:
     """Whether an operation neither writes to its arguments nor returns views of them."""
@@ -257,13 +269,12 @@ def _makes_anew(func: torch._ops.OpOverload) -> bool:
 
 
 def _result(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
-    """What an operation returns.
+    """What an operation on tensors without data returns.
 
     What new tensors look like is worked out once for each operation on the same shapes: PyTorch
     does it in Python, and what is traced does most things again and again.
     """
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if _makes_anew(func) and tensors and all(tensor.is_meta for tensor in tensors):
+    if _makes_anew(func):
         given = _look(args), tuple(kwargs), _look(tuple(kwargs.values()))
         looks = _looks_of_result(func, *given, torch.get_default_dtype())
         if looks is not None:

@@ -225,6 +225,7 @@ def draw(history: ImportanceHistory) -> Figure:
         },
     )
     places, beside = np.arange(len(history.groups)), {"fraction": 0.06, "pad": 0.03}
+    all_ranks = {"cmap": "viridis_r", "vmin": 1, "vmax": max(2, len(history.groups))}
     for (left, right), metric in zip(rows, metrics, strict=True):
         values = history.values[metric]
         positive = np.ma.masked_where(~(values > 0), values)
@@ -235,14 +236,14 @@ def draw(history: ImportanceHistory) -> Figure:
         figure.colorbar(image, ax=left, **beside)
         left.set_title(f"{metric}: importance per parameter", fontsize=9, pad=8)
         ranks = np.ma.masked_invalid(history.ranks(metric))
-        image = right.pcolormesh(history.times, places, ranks, cmap="viridis_r", shading="nearest")
-        figure.colorbar(image, ax=right, **beside)
+        image = right.pcolormesh(history.times, places, ranks, shading="nearest", **all_ranks)
         title = f"{metric}: rank (1 is the most important; dots: it changed)"
         right.set_title(title, fontsize=9, pad=8)
         group, time = np.nonzero(history.changes(metric))
         right.plot(history.times[time], places[group], ".", color="C3", markersize=3)
         for axis in (left, right):
             _mark_cuts(axis, history)
+    figure.colorbar(image, ax=rows[:, 1].tolist(), aspect=20 * len(metrics), **beside)
     rows[0, 0].set_yticks(places, names)
     for axis in rows[:, 0]:
         axis.tick_params(axis="y", labelsize=7)
@@ -256,9 +257,9 @@ def _mark_cuts(axis: Axes, history: ImportanceHistory) -> None:
     from matplotlib.patheffects import withStroke
 
     rim = [withStroke(linewidth=2, foreground="black")]
-    for cut in history.cuts:
-        axis.axvline(cut, color="white", linewidth=0.8, path_effects=rim)
-        above = axis.get_xaxis_transform()  # x as in the data, y as a part of the axis' height
-        axis.plot(cut, 1, "v", color="C3", markersize=5, clip_on=False, transform=above)
+    cuts, above = list(history.cuts), axis.get_xaxis_transform()  # y: a part of the axis' height
+    axis.vlines(cuts, 0, 1, color="white", linewidth=0.8, path_effects=rim, transform=above)
+    ends = {"color": "C3", "markersize": 5, "clip_on": False, "transform": above}
+    axis.plot(cuts, [1] * len(cuts), "v", **ends)
     low, high = axis.get_xlim()
     axis.set_xlim(min([low, *history.cuts]), max([high, *history.cuts]))
