@@ -189,8 +189,8 @@ def tables(results: list[Result]) -> str:
     """All that was found, as Markdown.
 
     The answer first: the arms that the question is about, on every task at every sparsity. Then of
-    each task every cell (sparsity, arm), and the arms over all sparsities; with several tasks also
-    the arms over all of them.
+    each task every cell (sparsity, arm), and the arms over all sparsities that each of them was run
+    at; with several tasks also the arms over all of these.
     """
     parts = []
     if shown(results):
@@ -304,6 +304,8 @@ def _overall(title: str, results: list[Result]) -> list[str]:
     if not strata:
         return []
     at_once = no_budget(results)
+    asked = sorted({r.asked for own in strata.values() for cell in own for r in cell})
+    title = f"{title}, at {' and '.join(f'{sparsity:g}' for sparsity in asked)}"
     read = {
         (reading, arm): [np.array([value(r) for r in cell]) for cell in own]
         for reading, value in READINGS.items()
@@ -322,7 +324,7 @@ def _overall(title: str, results: list[Result]) -> list[str]:
     names = ["right after", "back at 95 %, median env steps", "at the end"]
     names = ["arm", "runs", *(names[:1] if at_once else names)]
     parts = [
-        f"**{title}, all sparsities: fraction of the dense return{left_out}**",
+        f"**{title}: fraction of the dense return{left_out}**",
         table(rows, names),
     ]
     for reading, better in _BETTER.items():
@@ -334,7 +336,7 @@ def _overall(title: str, results: list[Result]) -> list[str]:
             if (reading, arm) in read
         ]
         if references:
-            parts.append(f"**{title}, all sparsities: probability of being {better} than …**")
+            parts.append(f"**{title}: probability of being {better} than …**")
             parts.append(table(rows, ["arm", *references]))
     return [*parts, *_costs(title, strata)]
 
@@ -351,7 +353,7 @@ def _costs(title: str, strata: dict[str, list[list[Result]]]) -> list[str]:
             seconds = f"{np.median(cuts):.1f}" if cuts else ""
             rows.append((arm, seconds, f"{updates:,.0f}", f"{macs:.3g}"))
     names = ["arm", "CPU seconds of the cut", "updates after it", "10^12 MACs of the updates"]
-    return [f"**{title}, all sparsities: costs, medians**", table(rows, names)] if rows else []
+    return [f"**{title}: costs, medians**", table(rows, names)] if rows else []
 
 
 def _improvement(read: dict, reading: str, arm: str, other: str) -> str:
