@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import beta
 from tdmpc_prune.envs import TaskError, disturb, make_env
 
+from tdmpc_prune.agent.deciding import choose
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.analysis import stability, stability_report
 from tdmpc_prune.analysis.config import StabilityConfig
@@ -106,7 +107,7 @@ def test_a_reference_that_knows_too_little_is_doubted():
     """A pruned agent that learnt on returned more, where an early reference saw no value."""
     rates = [Rate.of([True] * 90 + [False] * 10), Rate.of([False] * 100)]
     dense, later = (
-        Judged(name, "", sparsity, 1, 0, 1, rates[0], rate, value, 0.0, safe)
+        Judged(name, "", sparsity, 1, "native", 0, 1, rates[0], rate, value, 0.0, safe)
         for name, sparsity, rate, value, safe in (
             ("dense", 0.0, rates[0], 800.0, True),
             ("step-4", 0.5, rates[1], 850.0, False),
@@ -123,7 +124,7 @@ def test_a_reference_that_knows_too_little_is_doubted():
 def test_a_reference_that_returns_less_is_named():
     rate = Rate.of([True] * 40)
     dense, later = (
-        Judged(name, "", sparsity, 1, 0, 1, rate, rate, value, 0.0, True)
+        Judged(name, "", sparsity, 1, "native", 0, 1, rate, rate, value, 0.0, True)
         for name, sparsity, value in (("dense", 0.0, 219.0), ("step-4", 0.5, 800.0))
     )
     found = Stability("r", Target(10.0, 1.0, 5, 20), (dense, later), later, {})
@@ -150,7 +151,7 @@ def test_what_it_takes_to_show_a_probability(low, trials):
 
 def judged(name, sparsity, safe):
     rate = Rate.of([safe] * 10)
-    return Judged(name, "", sparsity, 1, 0, 1, rate, rate, 1.0, 0.0, safe)
+    return Judged(name, "", sparsity, 1, "native", 0, 1, rate, rate, 1.0, 0.0, safe)
 
 
 @given(st.lists(st.booleans(), max_size=8))
@@ -247,6 +248,8 @@ def test_a_whole_pruning_run_is_certified(pruned, tmp_path):
     assert agents[0]["name"] == "dense" and agents[0]["sparsity"] == 0
     assert [agent["name"] for agent in agents[1:4]] == ["step-1", "step-2", "step-3"]
     assert all(agent["stayed"]["trials"] == 12 for agent in agents)
+    by = choose("auto", load_agent(pruned).dense_widths, torch.device("cpu")).path
+    assert {agent["decisions"] for agent in agents} == {by}
     assert found["target"]["decisions"] == 20 and found["target"]["hold"] == 5
     again = run("stability.py", *arguments, "probability=0.01", "processes=1", cwd=tmp_path)
     lines = (tmp_path / "c-gap.csv").read_text().splitlines()

@@ -98,6 +98,7 @@ class Judged:
     folder: str
     sparsity: float
     parameters: int
+    decisions: str  # by whom: "native" or "torch"
     violations: int  # transitions outside the target set along which W did not decrease
     outside: int  # transitions outside the target set
     sampled: Rate  # of violations, one transition of each episode
@@ -224,12 +225,15 @@ def _play(
         observed[i].append(observation)
         terminated[i] = ended
 
-    path = choose("auto", agent.dense_widths, agent.device).path
     evaluation = evaluate(
-        agent, episodes, seed, watch=watch, disturbances=disturbances, decisions=path
+        agent, episodes, seed, watch=watch, disturbances=disturbances, decisions=_path(agent)
     )
     values = [state_values(reference, np.stack(episode)) for episode in observed]
     return Episodes(values, terminated, evaluation.returns)
+
+
+def _path(agent: Agent) -> str:
+    return choose("auto", agent.dense_widths, agent.device).path
 
 
 def _together(parts: list[Episodes]) -> Episodes:
@@ -313,6 +317,7 @@ def assess(
         folder=str(agent.folder),
         sparsity=size["sparsity"],
         parameters=size["parameters"],
+        decisions=_path(agent),
         violations=int(sum(outcomes.sum() for outcomes in failed)),
         outside=sum(len(outcomes) for outcomes in failed),
         sampled=Rate.of(one_each),
