@@ -23,7 +23,7 @@ def make_episode(first, length, terminated):
     fractions=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=20),
 )
 def test_sum_tree_finds_where_the_running_sum_exceeds_a_mass(weights, fractions):
-    tree = SumTree(len(weights))
+    tree = SumTree()
     tree[np.arange(len(weights))] = np.array(weights)
     assert tree.total == pytest.approx(sum(weights))
     mass = np.array(fractions) * tree.total
@@ -34,8 +34,23 @@ def test_sum_tree_finds_where_the_running_sum_exceeds_a_mass(weights, fractions)
     assert (mass <= sums[found + 1] + 1e-9).all()
 
 
+@given(parts=st.lists(st.lists(st.floats(0, 10), min_size=1, max_size=20), min_size=1, max_size=6))
+def test_a_sum_tree_that_grew_is_the_one_that_was_filled_at_once(parts):
+    grown, whole, first = SumTree(), SumTree(), 0
+    for part in parts:
+        grown[np.arange(first, first + len(part))] = np.array(part)
+        first += len(part)
+    weights = np.concatenate(parts)
+    whole[np.arange(len(weights))] = weights
+    assert grown.total == whole.total
+    assert (grown[np.arange(len(weights))] == weights).all()
+    if whole.total > 0:
+        mass = np.linspace(0, 1, 30, endpoint=False) * whole.total
+        assert (grown.find(mass) == whole.find(mass)).all()
+
+
 def test_sum_tree_repeated_places_take_one_weight():
-    tree = SumTree(5)
+    tree = SumTree()
     tree[np.array([3, 1, 3])] = np.array([2.0, 1.0, 2.0])
     assert tree.total == 3
 

@@ -2,7 +2,8 @@
 where plans promise what is not paid.
 
 Nothing here keeps a state: the noise of an episode follows from a seed, the bonus from what the
-replay buffer holds, what is unpaid from the episode. A run that is resumed therefore goes on with the same numbers.
+replay buffer holds, what is unpaid from the episode. A run that is resumed therefore goes on with
+the same numbers.
 
 Shapes: T decisions, A action, O observation, N decisions of the buffer, F features.
 """

@@ -44,11 +44,14 @@ class Batch:
 
 
 class SumTree:
-    """Non-negative float64 weights with their sum, drawn from in O(log N)."""
+    """Non-negative float64 weights with their sum, drawn from in O(log N).
 
-    def __init__(self, capacity: int):
-        self._leaves = 1 << (capacity - 1).bit_length()
-        self._tree = np.zeros(2 * self._leaves)  # node i has children 2i and 2i + 1
+    It is as deep as the places need that have had a weight: most of a large buffer is long empty.
+    """
+
+    def __init__(self):
+        self._leaves = 1
+        self._tree = np.zeros(2)  # node i has children 2i and 2i + 1
 
     @property
     def total(self) -> float:
@@ -58,11 +61,27 @@ class SumTree:
         return self._tree[self._leaves + places]
 
     def __setitem__(self, places: np.ndarray, weights: np.ndarray) -> None:
+        last = int(places.max())
+        if last >= self._leaves:
+            self._grow(1 << last.bit_length())
         nodes = self._leaves + places
         self._tree[nodes] = weights
         while nodes[0] > 1:
-            nodes = np.unique(nodes >> 1)
+            nodes = nodes >> 1  # twice the same is worked out twice, which is sooner than looking
             self._tree[nodes] = self._tree[2 * nodes] + self._tree[2 * nodes + 1]
+
+    def _grow(self, leaves: int) -> None:
+        """What there is becomes the left of a larger tree, level by level."""
+        tree, level = np.zeros(2 * leaves), self._leaves
+        while level:
+            nodes = level * leaves // self._leaves
+            tree[nodes : nodes + level] = self._tree[level : 2 * level]
+            level //= 2
+        left = leaves // self._leaves
+        while left > 1:
+            left //= 2
+            tree[left] = tree[2 * left]
+        self._leaves, self._tree = leaves, tree
 
     def find(self, mass: np.ndarray) -> np.ndarray:
         """The places `[B]` at which the running sum of weights exceeds `mass` `[B]`."""
@@ -105,7 +124,7 @@ class SequenceReplay:
         self._terminated = np.zeros(capacity, np.float32)
         self._left = np.zeros(capacity, np.int64)  # decisions from here to the episode's end
         self._priorities = np.zeros(capacity)  # of starts; 0 where none may start
-        self._tree = SumTree(capacity)  # the same, raised to the exponent
+        self._tree = SumTree()  # the same, raised to the exponent
         self._added = 0  # decisions ever added
 
     @classmethod
