@@ -131,19 +131,6 @@ class Steady(Reach):
         return observation, 1.0, *rest
 
 
-class Once(Reach):
-    """Pays in the first two decisions of an episode, and never again."""
-
-    def reset(self, **given):
-        self.taken = 0
-        return super().reset(**given)
-
-    def step(self, action):
-        observation, _, *rest = super().step(action)
-        self.taken += 1
-        return observation, float(self.taken <= 2), *rest
-
-
 class Chancy(Reach):
     """Pays nothing in one episode and 1 a step in the next, as the seed says."""
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdmpc_prune.agent.exploration import UNPAID, Novelty, pink_noise, unpaid
+from tdmpc_prune.agent.exploration import Novelty, pink_noise
 from tdmpc_prune.agent.learner import Learner
 from tdmpc_prune.training import launch
-from tdmpc_prune.training.agent import AgentTraining, Progress
+from tdmpc_prune.training.agent import Progress
 from tests.small import AGENT, small_config
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -89,48 +89,6 @@ def test_it_is_not_once_rewards_are_met(tmp_path, monkeypatch):
 
     monkeypatch.setattr("tdmpc_prune.training.agent.Novelty", asked)
     launch.start(small_config(tmp_path, env_steps=100), []).run()
-
-
-@pytest.mark.parametrize(
-    ("values", "rewards", "share"),
-    [
-        ([300.0] * 40, [0.0] * 40, 1.0),  # stands still where it thinks that it will be paid
-        ([300.0] * 40, [0.0] * 20 + [1.0] + [0.0] * 19, 0.0),  # paid not long ago
-        ([300.0] * 40, [1.0] * 15 + [0.0] * 25, 1.0),  # paid long ago
-        ([300.0] * (UNPAID - 1), [0.0] * (UNPAID - 1), 0.0),  # has hardly begun
-        ([100 / 0.99**t for t in range(40)], [0.0] * 40, 0.0),  # on its way
-        ([100 * 0.99**t for t in range(40)], [0.0] * 40, 1.0),  # and away
-        ([0.0] * 40, [0.0] * 40, 0.0),  # nothing is promised
-        ([-50.0] * 40, [0.0] * 40, 0.0),  # better than was feared
-    ],
-)
-def test_what_is_promised_and_not_paid(values, rewards, share):
-    assert unpaid(values, rewards, 0.99) == pytest.approx(share, abs=1e-6)
-
-
-@given(st.lists(st.floats(-1e6, 1e6), max_size=60), st.floats(0, 1))
-def test_a_share_of_what_is_promised_is_one(values, discount):
-    assert 0 <= unpaid(values, [0.0] * len(values), discount) <= 1
-
-
-@pytest.mark.parametrize("restless", [True, False])
-def test_where_nothing_is_paid_it_explores_as_at_the_start(tmp_path, monkeypatch, restless):
-    """`Once` pays at the beginning of an episode alone."""
-    floors, own = [], AgentTraining._min_std
-
-    def look(trainee, seen):
-        floors.append((len(trainee.episode.actions), own(trainee, seen)))
-        return floors[-1][1]
-
-    monkeypatch.setattr("tdmpc_prune.agent.exploration.UNPAID", 4)
-    monkeypatch.setattr(AgentTraining, "_min_std", look)
-    model = replace(AGENT, learning=replace(AGENT.learning, restless=restless))
-    task = "gym:tests.synthetic:Once-v0"
-    launch.start(small_config(tmp_path, task=task, model=model), []).run()
-    later = floors[-60:]  # after the schedule, which is over in 60 decisions
-    assert all(floor == pytest.approx(0.05) for done, floor in later if done < 6)
-    widest = max(floor for done, floor in later)
-    assert 0.1 < widest <= 0.5 if restless else widest == pytest.approx(0.05)
 
 
 def scalars(trainer):

@@ -90,5 +90,4 @@ def test_an_older_run_explores_as_it_began():
     learning = load_agent(BEFORE / "agent").config.learning
     assert (learning.exploration, learning.curiosity) == ("white", 0)
     assert (learning.cooldown, learning.scale_observations) == (0, False)
-    assert learning.restless is False
     assert (LearningConfig().exploration, LearningConfig().curiosity) != ("white", 0)

@@ -120,34 +120,6 @@ def test_a_run_killed_anywhere_resumes_exactly(whole_run, tmp_path, part):
     assert_same_run(whole, tmp_path / "run")
 
 
-def test_what_an_episode_was_promised_is_taken_up_with_it(tmp_path, monkeypatch):
-    """`Once` stops paying, after which the noise hangs on the values so far."""
-    monkeypatch.setattr("tdmpc_prune.agent.exploration.UNPAID", 4)
-    changes = {"task": "gym:tests.synthetic:Once-v0", "env_steps": 120}
-    launch.start(small_config(tmp_path / "whole", **changes), []).run()
-    trainer = launch.start(small_config(tmp_path / "run", **changes), [])
-    promised = []
-    for left in (140, 25, 25):
-
-        def interrupted(step=trainer.step, trainer=trainer):
-            nonlocal left
-            left -= 1
-            if left <= 0 and trainer.trainee.episode is not None:
-                promised.append(len(trainer.trainee.episode.values))
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step()
-
-        trainer.step = interrupted
-        with pytest.raises(Stopped):
-            trainer.run()
-        trainer = launch.resume(
-            small_config(tmp_path / "run", resume=str(tmp_path / "run"), **changes), ["resume"]
-        )
-    trainer.run()
-    assert max(promised) > 6
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
-
-
 @pytest.mark.parametrize("every", [1, 7, 50])
 def test_a_run_stopped_again_and_again_resumes_exactly(whole_run, tmp_path, every):
     """Stopped: by a signal, at any step, in the middle of episodes and of series of updates."""

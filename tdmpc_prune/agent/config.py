@@ -148,11 +148,6 @@ class LearningConfig:
     curiosity: float = setting(
         0.3, "reward for what was rarely seen, until rewards are met; 0 is none", before=0.0
     )
-    restless: bool = setting(
-        True,
-        "explore as widely as at the start where 25 decisions pay nothing of what plans promise",
-        before=False,
-    )
 
     def __post_init__(self):
         for name in ("batch", "horizon", "target_every", "buffer_decisions"):
@@ -214,7 +209,6 @@ PRESETS = {
                 exploration="white",
                 scale_observations=False,
                 curiosity=0.0,
-                restless=False,
             ),
         ),
         "as published, 512 wide and 512 samples",

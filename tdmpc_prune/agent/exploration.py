@@ -1,22 +1,17 @@
-"""What an agent tries while it learns: pink noise, a bonus for what it has rarely seen, and more
-where plans promise what is not paid.
+"""What an agent tries while it learns: pink noise, and a bonus for what it has rarely seen.
 
 Nothing here keeps a state: the noise of an episode follows from a seed, the bonus from what the
-replay buffer holds, what is unpaid from the episode. A run that is resumed therefore goes on with
-the same numbers.
+replay buffer holds. A run that is resumed therefore goes on with the same numbers.
 
 Shapes: T decisions, A action, O observation, N decisions of the buffer, F features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
 RANDOM_STD = 0.6  # of the pink noise that the first actions are
-UNPAID = 25  # decisions in a row without reward, after which promises are compared with it
 _FEATURES = 256
 _SMALLEST_DEVIATION = 1e-3  # of an observation's element: what hardly moves, tells nothing
 
@@ -45,29 +40,6 @@ def pink_noise(decisions: int, actions: int, rng: np.random.Generator) -> Array:
     return (np.fft.irfft(waves * np.sqrt(share)[:, None], decisions, axis=0) / std).astype(
         np.float32
     )
-
-
-def unpaid(values: Sequence[float], rewards: Sequence[float], discount: float) -> float:
-    """How much of what its plans promise an episode without reward has not paid (ours).
-
-    A value that is too high holds an agent where there is nothing to be had, to the end of the
-    episode, and all that it learns there is this one place.
-
-    Args:
-        values: of the plans at each decision so far, the planner's own.
-        rewards: of each decision so far.
-        discount: per decision.
-
-    Returns:
-        0 where any of the last `UNPAID` decisions was rewarded, or half of what was promised at
-        the first of them has since become a higher value, as on the way to a reward. 1 where
-        none has.
-    """
-    if len(values) < UNPAID or any(rewards[-UNPAID:]):
-        return 0.0
-    first, last, left = values[-UNPAID], values[-1], discount ** (UNPAID - 1)
-    share = (first - left * last) / max((1 - left) * abs(first), 1e-9)
-    return min(1.0, max(0.0, 2 * share - 1))
 
 
 class Novelty:

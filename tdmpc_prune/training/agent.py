@@ -8,7 +8,7 @@ because its simulator fails or does not repeat itself, is broken off like one th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.calibration import Pool, agent_calibration, draw_pool
 from tdmpc_prune.agent.computation import agent_computation
 from tdmpc_prune.agent.deciding import Deciding, choose, deciding
-from tdmpc_prune.agent.exploration import RANDOM_STD, Novelty, pink_noise, unpaid
+from tdmpc_prune.agent.exploration import RANDOM_STD, Novelty, pink_noise
 from tdmpc_prune.agent.learner import Learner, updates_at_once
 from tdmpc_prune.agent.planner import first_means, plan
 from tdmpc_prune.agent.replay import Batch, Episode, SequenceReplay
@@ -81,7 +81,6 @@ class EpisodeInProgress:
     actions: list[np.ndarray] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     env_steps: int = 0
-    values: list[float] = field(default_factory=list)  # that the plans promised
 
 
 class AgentTraining:
@@ -244,27 +243,21 @@ class AgentTraining:
             self.means,
             decision=decisions,
             horizon=config.planner.horizon_at(seen),
-            min_std=self._min_std(seen),
+            min_std=config.planner.min_std_at(seen),
             explore=not pink,
         )
         self.means = decision.means.clone()
-        value = decision.value.mean().item()
-        self.episode.values.append(value)
-        self.averages.add({"planner/std": decision.std.mean().item(), "planner/elite value": value})
+        self.averages.add(
+            {
+                "planner/std": decision.std.mean().item(),
+                "planner/elite value": decision.value.mean().item(),
+            }
+        )
         action = decision.actions[0].cpu().numpy()
         if pink:
             std = decision.std[0].cpu().numpy()
             action = np.clip(action + std * self._noise_now(), -1, 1)
         return action
-
-    def _min_std(self, seen: int) -> float:
-        """The smallest std now, `seen` decisions after rewards were met."""
-        config, episode = self.config.model, self.episode
-        least = config.planner.min_std_at(seen)
-        if not config.learning.restless:
-            return least
-        share = unpaid(episode.values, episode.rewards, config.learning.discount)
-        return max(least, share * config.planner.start_std)
 
     def _noise_now(self) -> np.ndarray:
         """Pink noise `[A]` for the next decision of the episode."""
@@ -559,7 +552,6 @@ class AgentTraining:
                 "planned": episode.planned,
                 "rewards": episode.rewards,
                 "env_steps": episode.env_steps,
-                "values": episode.values,
             }
             tensors["episode.observations"] = np.stack(episode.observations)
             tensors["episode.actions"] = np.reshape(episode.actions, (-1, self.action_width))
@@ -648,8 +640,7 @@ class AgentTraining:
         observations: np.ndarray,
         planned: bool,
         rewards: list[float],
-        env_steps: int | None = None,  # absent from older checkpoints, as the next
-        values: Sequence[float] = (),
+        env_steps: int | None = None,  # absent from older checkpoints
     ) -> None:
         """Bring the simulator to where it was, by executing the episode's actions again.
 
@@ -658,7 +649,7 @@ class AgentTraining:
         if env_steps is None:
             env_steps = len(actions) * self.action_repeat
         self.episode = EpisodeInProgress(
-            list(observations), planned, list(actions), rewards, env_steps, list(values)
+            list(observations), planned, list(actions), rewards, env_steps
         )
         try:
             observation, _ = self.env.reset(seed=self._episode_seed(self.progress.episodes))
