@@ -3,7 +3,7 @@
 An arm makes its agent first, with no env step: by the very cut that `prune.py` makes, by teaching a
 small student, or by drawing new weights. That agent is read where it is; then it is trained on, on
 the dense agent's replay buffer: at the whole learning rate if it has something to recover, else at
-a tenth.
+a twentieth.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tdmpc_prune.training.config import DistilConfig, PruneCheckpointConfig, Tra
 from tdmpc_prune.training.run import Run
 from tdmpc_prune.words import folder_name
 
-GENTLE = 0.1  # rate at which an agent learns on that has nothing to recover
+GENTLE = 0.05  # rate of what has nothing to recover: the one that its dense agent ended with
 START = "start"  # the dense agent that all arms of a seed begin with
 FINAL_SEED = EVALUATION_SEED + 20_000  # initial states by which no run chooses anything
 RESULT, FAILURES = "result.json", "failures.txt"
