@@ -50,7 +50,7 @@ def _together(config: Any, given: Sequence[str]) -> Idle | None:
 
 
 RATE = (
-    "share of the learning rate in a run that starts from a learnt agent: 0.1 keeps what it can, "
+    "share of the learning rate in a run that starts from a learnt agent: 0.05 keeps what it can, "
     "1 learns anew what a cut has cost"
 )
 EVAL_LEAST = (
