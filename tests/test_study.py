@@ -23,14 +23,13 @@ from tdmpc_prune.agent.distillation import distil
 from tdmpc_prune.analysis import study, study_job, study_pictures, study_report
 from tdmpc_prune.analysis.arms import ARMS, CUTS, LATENT, LATENT_STEPS
 from tdmpc_prune.analysis.config import STUDIES, StudyCommand
-from tdmpc_prune.analysis.study_job import GENTLE, Job
+from tdmpc_prune.analysis.study_job import Job
 from tdmpc_prune.analysis.study_report import Result
 from tdmpc_prune.errors import RunError, UserError
 from tdmpc_prune.evaluation import EVALUATION_SEED, Evaluation
 from tdmpc_prune.machine import commit, versions
 from tdmpc_prune.saving.agents import load_agent
 from tdmpc_prune.saving.files import read_json
-from tdmpc_prune.saving.run_folder import RunFolder
 from tdmpc_prune.training import mending
 from tests.commands import ROOT, run
 from tests.small import AGENT
@@ -138,22 +137,27 @@ def test_every_arm_runs_and_only_once(tmp_path, undrawn, briefly):
     assert searched > plain > 0 and found["dense"]["cut_seconds"] is None
 
 
-@pytest.mark.parametrize(("after", "rate"), [(95.0, GENTLE), (94.0, 1.0)])
-def test_what_has_nothing_to_recover_learns_on_gently(
-    dense, tmp_path, monkeypatch, undrawn, after, rate
+@pytest.mark.parametrize("trained", [49.0, 51.0])
+def test_an_arm_ends_with_the_better_agent_and_both_are_told(
+    dense, tmp_path, monkeypatch, undrawn, trained
 ):
-    """The dense agent returns 100."""
-    of_run = config(tmp_path, dense=str(dense), arms=["dense", "magnitude"], env_steps=20)
-    parameters = load_agent(dense / "gym-tests.synthetic-Reach-v0/none/seed1").size()["parameters"]
-
-    def returns(config, agent):
-        return [100.0 if agent.size()["parameters"] == parameters else after]
-
-    monkeypatch.setattr("tdmpc_prune.analysis.study_job._watched", returns)
-    rates = {arm: result["rate"] for arm, result in run_all(of_run).items()}
-    assert rates == {"dense": GENTLE, "magnitude": rate}
-    settings = RunFolder(Job(of_run.tasks[0], "magnitude", 0.5, 1).folder(of_run.out)).settings()
-    assert settings["rate"] == rate
+    """The evaluation on the way says which; right after the cut it was 50."""
+    tiny = config(tmp_path, dense=str(dense), arms=["dense", "magnitude"], env_steps=20)
+    cut = Job(tiny.tasks[0], "magnitude", 0.5, 1).folder(tiny.out)
+    monkeypatch.setattr("tdmpc_prune.analysis.study_job._watched", lambda *_: [50.0])
+    monkeypatch.setattr(
+        "tdmpc_prune.analysis.study_job._final",
+        lambda _, agent: [2.0 if agent.folder.is_relative_to(cut / "cut") else 3.0],
+    )
+    monkeypatch.setattr(
+        "tdmpc_prune.training.agent.evaluate",
+        lambda agent, episodes, *_, **__: Evaluation([trained] * episodes, 1, 1.0),
+    )
+    found = run_all(tiny)["magnitude"]
+    line = study_report.of_job(found, 1.0)
+    assert (line.after, line.trained) == (2, 3)
+    assert line.end == (3 if trained > 50 else 2)
+    assert found["agent"] == ("." if trained > 50 else "cut")
 
 
 # --- Right after the cut, from dense runs that are there ------------------------------------------

@@ -2,8 +2,8 @@
 
 An arm makes its agent first, with no env step: by the very cut that `prune.py` makes, by teaching a
 small student, or by drawing new weights. That agent is read where it is; then it is trained on, on
-the dense agent's replay buffer: at the whole learning rate if it has something to recover, else at
-a twentieth.
+the dense agent's replay buffer. Where that has made it worse, by the episodes that are watched on
+the way, an arm ends with the agent that it began with, which its user has still.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from tdmpc_prune.training.config import DistilConfig, PruneCheckpointConfig, Tra
 from tdmpc_prune.training.run import Run
 from tdmpc_prune.words import folder_name
 
-GENTLE = 0.05  # rate of what has nothing to recover: the one that its dense agent ended with
 START = "start"  # the dense agent that all arms of a seed begin with
 FINAL_SEED = EVALUATION_SEED + 20_000  # initial states by which no run chooses anything
 RESULT, FAILURES = "result.json", "failures.txt"
@@ -143,21 +142,22 @@ def run_arm(config: StudyConfig, job: Job, dense: dict[str, Any], name: str) -> 
         name: of the job, in few words.
     """
     folder, total = job.folder(config.out), dense["env_steps"] + config.env_steps
-    enough = back_at(float(np.mean(dense["watched"])))
     made = None if job.arm in (DENSE, SMALL) else _make(config, job, name)
     where = folder / _CUT if made else dense_run(config, job)
     curve = [(0, made["watched"])] if made else [(0, dense["watched"])] if job.arm == DENSE else []
-    returns, updates = made["after"] if made else dense["returns"], 0
-    rate = GENTLE if curve and np.mean(curve[0][1]) >= enough else 1.0
+    returns, trained, updates = made["after"] if made else dense["returns"], None, 0
     if config.env_steps or job.arm == SMALL:
-        run = _trained_on(config, job, where, total, rate)
+        run = _trained_on(config, job, where, total)
         run.run(name)
         began = (0, 0) if job.arm == SMALL else (total - config.env_steps, _updates(where))
         for line in run.folder.read_history("evaluation"):
             curve.append((line["env_steps"] - began[0], line["returns"]))
-        where, updates = folder, run.trainee.learner.updates - began[1]
-        returns = _final(config, _agent(config, where))
+        updates = run.trainee.learner.updates - began[1]
+        trained = _final(config, _agent(config, folder))
+        if job.arm == SMALL or np.mean(curve[-1][1]) >= np.mean(curve[0][1]):
+            where, returns = folder, trained
     agent = load_agent(where)
+    enough = back_at(float(np.mean(dense["watched"])))
     back = [at for at, found in curve if np.mean(found) >= enough]
     return {
         "job": vars(job),
@@ -165,11 +165,11 @@ def run_arm(config: StudyConfig, job: Job, dense: dict[str, Any], name: str) -> 
         "before": float(np.mean(dense["returns"])),
         "after": made["after"] if made else None,
         "recovery": back[0] if back else None,
+        "trained": trained,
         "returns": returns,
         "curve": curve,
         "env_steps": total,
         "budget": config.env_steps,
-        "rate": rate,
         "cut_seconds": made["seconds"] if made else None,
         "updates": updates,
         "training_macs": updates * update_macs(agent.model, agent.config.learning),
@@ -237,7 +237,7 @@ def _leave_new_networks(config: StudyConfig, job: Job, folder: Path) -> float:
     return seconds
 
 
-def _trained_on(config: StudyConfig, job: Job, where: Path, total: int, rate: float) -> Run:
+def _trained_on(config: StudyConfig, job: Job, where: Path, total: int) -> Run:
     """The training of an arm up to `total` env steps, new or taken up again.
 
     Args:
@@ -245,11 +245,10 @@ def _trained_on(config: StudyConfig, job: Job, where: Path, total: int, rate: fl
         job: an arm's.
         where: its agent lies before; a small one from scratch has only its task from there.
         total: env steps.
-        rate: see `TrainConfig.rate`.
     """
     settings = _training(config, job, where, job.folder(config.out), config.env_steps)
     if job.arm != SMALL:
-        return _begun_or_resumed(replace(settings, rate=rate))
+        return _begun_or_resumed(settings)
     settings = replace(settings, start_from=None, eval_every=total)
     if _has_checkpoint(settings):
         return _begun_or_resumed(settings)

@@ -347,7 +347,7 @@ class AgentTraining:
         # Once per decision: at every update the tracker would take a quarter of the time.
         watched = self.learner.updates % updates_at_once(learning) == 0
         first = self.progress.began
-        rate = self.config.rate * learning.rate_at((self.now - first) / max(1, self.end - first))
+        rate = learning.rate_at((self.now - first) / max(1, self.end - first))
         metrics, priorities = self.learner.update(batch, self.generator, watched=watched, rate=rate)
         self.replay.set_priorities(starts, priorities)
         self.progress.updates_due -= 1

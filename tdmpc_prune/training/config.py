@@ -49,10 +49,6 @@ def _together(config: Any, given: Sequence[str]) -> Idle | None:
     return None
 
 
-RATE = (
-    "share of the learning rate in a run that starts from a learnt agent: 0.05 keeps what it can, "
-    "1 learns anew what a cut has cost"
-)
 EVAL_LEAST = (
     "episodes after which an evaluation by the planner in C may end: once the standard error of "
     "the mean is below 1 %, or nothing has been learnt yet; the last is whole; eval_episodes plays "
@@ -84,7 +80,6 @@ class TrainConfig:
     start_from: str | None = setting(
         None, "checkpoint to start from, see scripts/prune.py; env_steps goes on from its count"
     )
-    rate: float = setting(1.0, RATE)
     eval_every: int = setting(5_000, "env steps between evaluations, each saved as a checkpoint")
     eval_episodes: int = setting(10, "episodes per evaluation")
     eval_least: int = setting(3, EVAL_LEAST)
@@ -101,7 +96,6 @@ class TrainConfig:
             value = getattr(self, name)
             require(value >= 1, f"{name}={value} must be at least 1")
         require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31)")
-        require(0 < self.rate <= 1, f"rate={self.rate} must lie in (0, 1]")
         check_machine(self.device, self.threads, self.decisions)
 
     @property
@@ -113,8 +107,6 @@ class TrainConfig:
         """A given setting without effect."""
         if self.resume:
             return None  # what may be given beside it is checked there
-        if "rate" in given and not self.start_from:
-            return Idle("rate", "in a run from scratch")
         return (
             _not_pruned(self, given)
             or _not_gathered(self, given)
@@ -184,7 +176,6 @@ class PruneCheckpointConfig:
         0, "an agent's training from here to the end, in simulator steps; 0 only cuts"
     )
     updates: int = setting(0, "an autoencoder's training from here to the end; 0 only cuts")
-    rate: float = setting(1.0, f"{RATE}; of an agent")
     seed: int = setting(1, "of everything random")
     run_dir: str | None = setting(
         None, "folder of the run; null takes runs/<task>/<prune>-of-finished/seed<seed>"
@@ -204,7 +195,6 @@ class PruneCheckpointConfig:
     def __post_init__(self):
         require(self.env_steps >= 0, f"env_steps={self.env_steps} cannot be negative")
         require(self.updates >= 0, f"updates={self.updates} cannot be negative")
-        require(0 < self.rate <= 1, f"rate={self.rate} must lie in (0, 1]")
         require(self.prune.method != "none", "prune=none cuts nothing; choose what ranks the units")
         check_machine(self.device, self.threads, self.decisions)
 
@@ -217,8 +207,6 @@ class PruneCheckpointConfig:
             name := among(given, *of_runs, *(f"prune.{n}" for n in (*of_cuts, "compare")))
         ):
             return Idle(name, "with explain=…, which plans one cut and runs nothing")
-        if "rate" in given and not self.env_steps:
-            return Idle("rate", "with env_steps=0, which only cuts")
         return (
             self.prune.idle(given)
             or self.prune.clipped(given, self.eval_episodes)

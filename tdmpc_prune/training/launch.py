@@ -35,7 +35,7 @@ RunConfig = TrainConfig | AutoencoderConfig
 _KINDS = {TrainConfig: ("an agent", "train.py")}
 _KINDS |= {AutoencoderConfig: ("an autoencoder", "train_autoencoder.py")}
 _OF_AGENTS = {  # settings of `PruneCheckpointConfig`
-    *("env_steps", "rate", "device", "eval_episodes", "eval_least", "decisions"),
+    *("env_steps", "device", "eval_episodes", "eval_least", "decisions"),
     *("prune.distil", "prune.eval_episodes", "prune.gather_episodes"),
 }
 _OF_AUTOENCODERS = {"updates"}
@@ -214,7 +214,6 @@ def _of_agent(config: PruneCheckpointConfig, given: list[str]) -> TrainConfig:
         model=agent.config,
         seed=config.seed,
         env_steps=agent.provenance["env_steps"] + config.env_steps,
-        rate=config.rate,
         device=config.device,
         threads=config.threads,
         decisions=config.decisions,
