@@ -156,6 +156,8 @@ def test_an_arm_ends_with_the_better_agent_and_both_are_told(
     found = run_all(tiny)["magnitude"]
     line = study_report.of_job(found, 1.0)
     assert (line.after, line.trained) == (2, 3)
+    older = {name: value for name, value in found.items() if name != "trained"}
+    assert study_report.of_job(older, 1.0) == replace(line, trained=None)
     assert line.end == (3 if trained > 50 else 2)
     assert found["agent"] == ("." if trained > 50 else "cut")
 

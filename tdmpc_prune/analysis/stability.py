@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -88,6 +88,7 @@ class Episodes:
     values: list[np.ndarray]  # of the reference along each, `[T + 1]`
     terminated: list[bool]  # whether it ended for another reason than its time limit
     returns: list[float]
+    decisions: str  # by whom: "native" or "torch"
 
 
 @dataclass(frozen=True)
@@ -225,20 +226,20 @@ def _play(
         observed[i].append(observation)
         terminated[i] = ended
 
+    path = choose("auto", agent.dense_widths, agent.device).path
     evaluation = evaluate(
-        agent, episodes, seed, watch=watch, disturbances=disturbances, decisions=_path(agent)
+        agent, episodes, seed, watch=watch, disturbances=disturbances, decisions=path
     )
     values = [state_values(reference, np.stack(episode)) for episode in observed]
-    return Episodes(values, terminated, evaluation.returns)
-
-
-def _path(agent: Agent) -> str:
-    return choose("auto", agent.dense_widths, agent.device).path
+    return Episodes(values, terminated, evaluation.returns, path)
 
 
 def _together(parts: list[Episodes]) -> Episodes:
     return Episodes(
-        *([one for part in parts for one in getattr(part, f.name)] for f in fields(Episodes))
+        values=[one for part in parts for one in part.values],
+        terminated=[one for part in parts for one in part.terminated],
+        returns=[one for part in parts for one in part.returns],
+        decisions=parts[0].decisions,
     )
 
 
@@ -317,7 +318,7 @@ def assess(
         folder=str(agent.folder),
         sparsity=size["sparsity"],
         parameters=size["parameters"],
-        decisions=_path(agent),
+        decisions=episodes.decisions,
         violations=int(sum(outcomes.sum() for outcomes in failed)),
         outside=sum(len(outcomes) for outcomes in failed),
         sampled=Rate.of(one_each),

@@ -154,7 +154,7 @@ def run_arm(config: StudyConfig, job: Job, dense: dict[str, Any], name: str) -> 
             curve.append((line["env_steps"] - began[0], line["returns"]))
         updates = run.trainee.learner.updates - began[1]
         trained = _final(config, _agent(config, folder))
-        if job.arm == SMALL or np.mean(curve[-1][1]) >= np.mean(curve[0][1]):
+        if np.mean(curve[-1][1]) >= np.mean(curve[0][1]):
             where, returns = folder, trained
     agent = load_agent(where)
     enough = back_at(float(np.mean(dense["watched"])))

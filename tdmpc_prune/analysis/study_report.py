@@ -40,7 +40,7 @@ class Result:
     before: float  # return of the dense agent at the cut
     after: float | None  # right after the cut
     recovery: int | None  # env steps until 95 % of `before` are back; None: not within the budget
-    end: float  # return at the end of the budget: `trained`, or `after` where that is better
+    end: float  # return at the end of the budget: the better of `trained` and what it was before
     env_steps: int
     seconds: float
     # What older studies did not keep:
@@ -49,7 +49,7 @@ class Result:
     updates: int | None = None  # of the training after it; of a small one from scratch: all
     training_macs: int | None = None  # of these updates
     commit: str | None = None
-    trained: float | None = None  # return after all training; which is better, other episodes say
+    trained: float | None = None  # after all training; in older studies that was the end
 
 
 READINGS: dict[str, Callable[[Result], float]] = {  # of a cut; more is better
@@ -99,7 +99,7 @@ def of_job(result: dict[str, Any], decision_ms: float) -> Result:
         updates=result["updates"],
         training_macs=result["training_macs"],
         commit=result["commit"],
-        trained=float(np.mean(result["trained"])) if result["trained"] else None,
+        trained=float(np.mean(result["trained"])) if result.get("trained") else None,
     )
 
 
