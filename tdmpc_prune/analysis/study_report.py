@@ -62,7 +62,10 @@ _BETTER = {
     "recovery": "sooner back",
     "end": "more at the end",
 }
-_REFERENCES = ("magnitude", "random", REINITIALISED, SMALL, STUDENT)  # the arms to improve on
+_REFERENCES = (  # the arms to improve on
+    *("magnitude", "random", "compensated plain"),
+    *(REINITIALISED, SMALL, STUDENT),
+)
 FEWEST = 3  # runs that are given an interval
 
 
