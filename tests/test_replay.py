@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tdmpc_prune.agent.replay import Episode, SequenceReplay, SumTree
@@ -34,16 +34,21 @@ def test_sum_tree_finds_where_the_running_sum_exceeds_a_mass(weights, fractions)
     assert (mass <= sums[found + 1] + 1e-9).all()
 
 
-@given(parts=st.lists(st.lists(st.floats(0, 10), min_size=1, max_size=20), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.dictionaries(st.integers(0, 300), st.floats(0, 10), min_size=1), min_size=1, max_size=6
+    )
+)
+@example([{0: 1.0}, {300: 2.0}])  # what lies between has never had a weight
 def test_a_sum_tree_that_grew_is_the_one_that_was_filled_at_once(parts):
-    grown, whole, first = SumTree(), SumTree(), 0
+    grown, whole = SumTree(), SumTree()
     for part in parts:
-        grown[np.arange(first, first + len(part))] = np.array(part)
-        first += len(part)
-    weights = np.concatenate(parts)
-    whole[np.arange(len(weights))] = weights
+        grown[np.array(list(part))] = np.array(list(part.values()))
+    weights = {place: weight for part in parts for place, weight in part.items()}
+    places, expected = np.array(list(weights)), np.array(list(weights.values()))
+    whole[places] = expected
     assert grown.total == whole.total
-    assert (grown[np.arange(len(weights))] == weights).all()
+    assert (grown[places] == expected).all()
     if whole.total > 0:
         mass = np.linspace(0, 1, 30, endpoint=False) * whole.total
         assert (grown.find(mass) == whole.find(mass)).all()
