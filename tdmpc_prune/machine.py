@@ -66,7 +66,7 @@ def measure_all(
 
     parallel = Parallel(n_jobs=processes, return_as="generator")
     results = parallel(delayed(_done)(job, threads) for job in jobs)
-    return list(tqdm(results, total=count, desc=doing))
+    return list(tqdm(results, total=count, desc=doing, disable=None))
 
 
 def _done(job: Callable[[], T], threads: int) -> T:

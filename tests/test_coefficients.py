@@ -230,6 +230,7 @@ def test_coefficients_are_found_saved_and_carried_out(trained, tmp_path, kind, m
     arguments += {"grid": ["budget=8"], "gradient": ["steps=30"]}.get(method, [])
     done = run("optimize_coefficients.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert not done.stderr, "a progress bar where nobody watches"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "plan.result.json"]
     result = json.loads((tmp_path / "plan.result.json").read_text())
     assert 0.5 <= result["sparsity"] <= 0.55

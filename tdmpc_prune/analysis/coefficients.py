@@ -80,7 +80,7 @@ def find(config: CoefficientsConfig, subject: Subject) -> tuple[Plan, int]:
     evaluations = 0
     ranking = Ranking(subject.structure, densities, config.prune, dense, config.largest)
     if config.method in ("grid", "gradient"):
-        with tqdm(desc=config.method, leave=False) as bar:
+        with tqdm(desc=config.method, leave=False, disable=None) as bar:
 
             def progress(done: int, of: int) -> None:
                 bar.total = of
@@ -158,7 +158,7 @@ def compare(config: CompareCoefficientsConfig) -> tuple[list[Row], str]:
     """
     rows, score = [], ""
     total = len(config.checkpoint) * len(ARMS) * len(config.sparsities)
-    with tqdm(total=total, desc="comparing", unit="cut") as bar:
+    with tqdm(total=total, desc="comparing", unit="cut", disable=None) as bar:
         for checkpoint in config.checkpoint:
             prune = replace(config.prune, compare=True)
             subject = load_subject(checkpoint, prune, config.episodes, config.seed, config.threads)

@@ -11,6 +11,7 @@ decisions, by CPU time. (Ours.)
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -44,6 +45,8 @@ _MARGIN = 0.9  # of the control period: what is nearly too slow at first glance 
 _FIRST_LOOK = 4  # every candidate is played a 4th of the episodes …
 _SECOND_LOOK = 5  # … and the best five all of them
 
+_bar = partial(tqdm, leave=False, disable=None)  # of progress, where somebody watches
+
 
 def best_known(found: dict[str, Agent], dense: float) -> Reference:
     """The best return among the dense agent's and those on file for the networks.
@@ -70,7 +73,7 @@ def search(config: FitConfig, found: dict[str, Agent], reference: Reference) -> 
     least_return = least(reference.mean_return, config.max_return_drop)
     largest = [
         candidate
-        for name, agent in tqdm(found.items(), desc="timing", unit="network", leave=False)
+        for name, agent in _bar(found.items(), desc="timing", unit="network")
         for candidate in _largest_budgets(name, agent, _MARGIN * period, config.decisions)
     ]
     largest = _timed_in_turn(largest, found, config.decisions)
@@ -86,12 +89,12 @@ def search(config: FitConfig, found: dict[str, Agent], reference: Reference) -> 
     first = -(-config.episodes // _FIRST_LOOK)
     played = [
         play(candidate, first, config.seed)
-        for candidate in tqdm(largest, desc="playing", unit="candidate", leave=False)
+        for candidate in _bar(largest, desc="playing", unit="candidate")
     ]
     played.sort(key=lambda c: -c.mean)
     rest = config.episodes - first
     if rest:
-        better = tqdm(played[:_SECOND_LOOK], desc="playing the best", unit="candidate", leave=False)
+        better = _bar(played[:_SECOND_LOOK], desc="playing the best", unit="candidate")
         played[:_SECOND_LOOK] = [play(candidate, rest, config.seed + first) for candidate in better]
         played[:_SECOND_LOOK] = sorted(played[:_SECOND_LOOK], key=lambda c: -c.mean)
 
