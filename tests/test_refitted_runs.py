@@ -210,7 +210,7 @@ def test_a_run_whose_offline_steps_fail_takes_them_back_and_goes_on(
     assert load_agent(tmp_path / "run").provenance["pruning"]["offline_steps"] == steps
 
 
-def test_offline_steps_bring_the_student_closer_to_the_rotated_whole(dense, tmp_path):
+def test_offline_steps_bring_the_student_closer_to_the_rotated_whole(dense, tmp_path, monkeypatch):
     trainer = begin(finished(dense, tmp_path / "run", sparsity=0.75))
     while trainer.pruner.stage.phase != "cut":
         trainer.log = trainer.log or _log(trainer)
@@ -235,8 +235,19 @@ def test_offline_steps_bring_the_student_closer_to_the_rotated_whole(dense, tmp_
     assert trainer.trainee.mend(whole, plan, 0, 600) == 300
     stepped = errors()
     assert stepped[0] < 0.9 * refitted[0]
-    assert trainer.trainee.mend(whole, plan, 300, 600) == 300
+    monkeypatch.setattr(mending, "_ROUND", 500)
+    drawn = []
+
+    def pool(model, draw, of=trainer.trainee.pool):
+        drawn.append(of(model, draw))
+        return drawn[-1]
+
+    trainer.trainee.pool = pool
+    assert trainer.trainee.mend(whole, plan, 300, 600) == 200  # to the end of the first round
+    assert trainer.trainee.mend(whole, plan, 500, 600) == 100
     assert errors()[1] < 0.9 * stepped[1]
+    first, second = (set(each.observations[:, 0].tolist()) for each in drawn)
+    assert first != second, "each round has data of its own"
     trainer.trainee.close()
 
 

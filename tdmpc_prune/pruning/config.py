@@ -195,4 +195,4 @@ METHODS = {"none": Choice(PruneConfig(), "nothing is cut, the networks stay dens
 RANKINGS = {**_RANKINGS, "none": Choice(PruneConfig(), None)}
 
 # One cut of what has been learnt, mended offline where that is needed.
-ONE_CUT = replace(RANKINGS["compensated"].value, start=0.0, steps=1, distil=2_000, eval_episodes=10)
+ONE_CUT = replace(RANKINGS["compensated"].value, start=0.0, steps=1, distil=8_000, eval_episodes=10)

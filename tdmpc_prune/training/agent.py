@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -440,12 +441,12 @@ class AgentTraining:
         teacher = WorldModel(Widths.of_weights(whole)).to(self.device)
         teacher.load_state_dict(whole)
         model, target, config = self.model, self.learner.target, self.config
-        pool = self.pool(teacher)
+        pool = partial(self.pool, teacher)
         return mend(model, target, teacher, plan, pool, config.model, (done, most), config.seed)
 
-    def pool(self, model: WorldModel) -> Pool:
-        """What a cut agent, or a student of it, is to be good at."""
-        horizon, seed = self.config.model.planner.horizon, self.config.seed
+    def pool(self, model: WorldModel, draw: int = 0) -> Pool:
+        """What a cut agent, or a student of it, is to be good at; each draw is another."""
+        horizon, seed = self.config.model.planner.horizon, self.config.seed + draw
         return draw_pool(model, self.replay, horizon, _CALIBRATION_STARTS, seed)
 
     def conclude(self, folder: RunFolder, log: RunLog) -> list[str]:

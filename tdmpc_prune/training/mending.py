@@ -1,13 +1,15 @@
 """Offline steps for a cut agent whose refit did not bring its return back (ours).
 
 First encoder and dynamics alone, on the latents, after which the heads are fitted again in closed
-form: short, and the steadiest. If that is not enough, everything at once. Each starts from the best
-so far; the run measures the return and says whether to go on.
+form: short, and the steadiest. If that is not enough, everything at once, in rounds, each along new
+data: what a small network falls short of there is as chance has it. Each starts from the best so
+far; the run measures the return and says whether to go on.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 from tdmpc_prune.agent.calibration import Pool, agent_calibration, is_head, latent_channels
 from tdmpc_prune.agent.computation import agent_computation
@@ -19,6 +21,7 @@ from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.refit import kept_channels, refit, whole_or_restored
 
 LATENT_STEPS = 300
+_ROUND = 2_000  # steps on everything end with its multiples
 
 
 def mend(
@@ -26,7 +29,7 @@ def mend(
     target: WorldModel,
     whole: WorldModel,
     plan: Plan,
-    pool: Pool,
+    pool: Callable[[int], Pool],
     config: AgentConfig,
     steps: tuple[int, int],
     seed: int,
@@ -38,10 +41,10 @@ def mend(
         target: becomes its copy.
         whole: before the cut, in the basis of the plan's units.
         plan: of the cut.
-        pool: what both are followed along.
+        pool: what both are followed along in a round, counted from 0.
         config: of the agent.
         steps: tried before, and to be tried in all.
-        seed: which starts are in a step.
+        seed: which starts are in a step; added to the round.
 
     Returns:
         Steps done now.
@@ -50,16 +53,18 @@ def mend(
         NonFiniteLoss, UserError: see `distil` and `refit`; nothing has changed.
     """
     done, most = steps
+    latest = done // _ROUND
     structure = find_groups(agent_computation(whole, copy.deepcopy(whole), config))
     channels = latent_channels(kept_channels(plan, structure, whole), whole)
-    teaching = Teaching.of(whole, pool, channels)
-    now = most - done if done else min(LATENT_STEPS, most)
+    data = pool(latest)
+    teaching = Teaching.of(whole, data, channels)
+    now = min(most, (latest + 1) * _ROUND if done else LATENT_STEPS) - done
     with whole_or_restored({"model": model}):
         if done:
-            distil(model, teaching, now, seed=seed)
+            distil(model, teaching, now, seed=seed + latest)
         else:
             latent_steps(model, teaching, now, seed=seed)
-            heads = agent_calibration(whole, pool, config).only(is_head)
+            heads = agent_calibration(whole, data, config).only(is_head)
             refit(plan, structure, whole, {"model": model}, heads)
     target.load_state_dict(model.state_dict())
     return now
