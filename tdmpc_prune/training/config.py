@@ -225,7 +225,7 @@ class DistilConfig:
     )
     latent_width: int | None = setting(None, "its latent's")
     hidden_width: int | None = setting(None, "its other hidden widths")
-    steps: int = setting(2_000, "offline training steps")
+    steps: int = setting(8_000, "offline training steps")
     gather_episodes: int = setting(
         10, "episodes played first if the teacher comes without a replay buffer"
     )
