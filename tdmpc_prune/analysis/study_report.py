@@ -224,8 +224,8 @@ def shown(results: list[Result]) -> list[str]:
     """The arms that the question is about, the dense one left out: five at most."""
     there = {r.arm for r in results}
     recipe = next((arm for arm in RECIPES if arm in there), "")
-    wanted = (recipe, "bayesian refitted", "bayesian", STUDENT, SMALL)
-    return [arm for arm in wanted if arm in there]
+    wanted = (recipe, STUDENT, SMALL, "compensated plain", "bayesian refitted", "bayesian")
+    return [arm for arm in wanted if arm in there][:5]
 
 
 def _answer(results: list[Result]) -> str:
