@@ -511,6 +511,9 @@ def test_tables_are_of_the_csv_and_no_run_is_left_out(tmp_path):
     over_all = study_report.tables(results + other).split("**All tasks")[1]
     assert "; without magnitude, random, for lack of runs**" in over_all
     assert [row[:2] for row in rows_of(over_all) if row[0] in ARMS] == [["bayesian", "6"]]
+    some = ("bayesian", "taylor", "fisher", "gradient")
+    many = [result(arm, 1, 9.0, task="v") for arm in some]
+    assert "; without 5 arms, for lack of runs**" in study_report.tables(results + other + many)
     pictures = study_pictures.pictures(results)
     assert all(image.startswith(b"\x89PNG") for image in pictures.values())
 
@@ -529,6 +532,9 @@ def test_what_improves_on_what():
         [never],  # sooner back
         [surely, never],  # at the end, over magnitude and over small from scratch
     ]
+    fewer = [r for r in results if (r.arm, r.seed) != ("magnitude", 3)]
+    rows = [row[1:] for row in rows_of(study_report.tables(fewer)) if row[0] == "bayesian"]
+    assert rows[1:] == [["0.50"], ["0.00"], ["1.00", never]]  # two runs have no interval
 
 
 def test_a_share_of_a_negative_return_is_more_when_it_is_better():

@@ -67,6 +67,7 @@ _REFERENCES = (  # the arms to improve on
     *(REINITIALISED, SMALL, STUDENT),
 )
 FEWEST = 3  # runs that are given an interval
+_NAMED = 3  # arms that a table lacks, at most
 
 
 def _share(value: float, of: Result) -> float:
@@ -296,9 +297,8 @@ def strata_of(results: list[Result]) -> tuple[dict[str, list[list[Result]]], str
         for task, sparsity in sorted(cells)
         if (task, sparsity) not in whole
     ]
-    without += [
-        arm for arm in ARMS if arm not in arms and any(arm in own for own in arms_of.values())
-    ]
+    rare = [arm for arm in ARMS if arm not in arms and any(arm in own for own in arms_of.values())]
+    without += rare if len(rare) <= _NAMED else [f"{len(rare)} arms"]
     left_out = f"; without {', '.join(without)}, for lack of runs" if without else ""
     return {arm: [cells[cell][arm] for cell in whole] for arm in arms if whole}, left_out
 
@@ -364,14 +364,16 @@ def _costs(title: str, strata: dict[str, list[list[Result]]]) -> list[str]:
 def _improvement(read: dict, reading: str, arm: str, other: str) -> str:
     if arm == other:
         return ""
-    return _shown(improvement_interval(read[reading, arm], read[reading, other]), ".2f")
+    one, two = read[reading, arm], read[reading, other]
+    return _shown(improvement_interval(one, two), ".2f", one, two)
 
 
 def _iqm(strata: list[np.ndarray], form: str) -> str:
-    values = iqm_interval(strata)
-    return _shown(values, form) if sum(map(len, strata)) >= FEWEST else format(values[0], form)
+    return _shown(iqm_interval(strata), form, strata)
 
 
-def _shown(values: tuple[float, float, float], form: str) -> str:
+def _shown(values: tuple[float, float, float], form: str, *of_arms: list[np.ndarray]) -> str:
+    """A statistic of these arms' runs, with its interval if each has enough of them."""
     middle, low, high = (format(value, form) for value in values)
-    return f"{middle} [{low}, {high}]"
+    enough = min(sum(map(len, strata)) for strata in of_arms) >= FEWEST
+    return f"{middle} [{low}, {high}]" if enough else middle
