@@ -122,7 +122,7 @@ def latent_steps(
 def distil(
     student: WorldModel,
     teaching: Teaching,
-    steps: int = 2_000,
+    steps: int,
     rate: float = 3e-3,
     starts: int = 32,
     seed: int = 0,

@@ -66,8 +66,8 @@ _REFERENCES = (  # the arms to improve on
     *("magnitude", "random", "compensated plain"),
     *(REINITIALISED, SMALL, STUDENT),
 )
-FEWEST = 3  # runs that are given an interval
-_NAMED = 3  # arms that a table lacks, at most
+FEWEST = 3  # runs of a stratum that are given an interval
+_NAMED = 3  # arms that a heading lists; more are counted
 
 
 def _share(value: float, of: Result) -> float:
@@ -373,7 +373,7 @@ def _iqm(strata: list[np.ndarray], form: str) -> str:
 
 
 def _shown(values: tuple[float, float, float], form: str, *of_arms: list[np.ndarray]) -> str:
-    """A statistic of these arms' runs, with its interval if each has enough of them."""
+    """A statistic of these arms' runs, with its interval if each stratum has enough of them."""
     middle, low, high = (format(value, form) for value in values)
-    enough = min(sum(map(len, strata)) for strata in of_arms) >= FEWEST
+    enough = min(len(stratum) for strata in of_arms for stratum in strata) >= FEWEST
     return f"{middle} [{low}, {high}]" if enough else middle

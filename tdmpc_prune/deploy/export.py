@@ -326,7 +326,7 @@ def compare(module: Step, session: Any, inputs: list[Port], generator: torch.Gen
         return result
 
     with torch.no_grad():
-        for _ in trange(CHECKED, desc="checking", unit="observation", leave=False):
+        for _ in trange(CHECKED, desc="checking", unit="observation", leave=False, disable=None):
             values = [*draw_inputs(inputs[:1], generator), *fixed]
             fed = dict(zip(names, (value.numpy() for value in values), strict=True))
             ours = timed("torch", lambda values=values: module(*values))

@@ -56,7 +56,7 @@ class PruneConfig:
     distil: int = setting(
         0,
         "an agent's offline training steps after a refit, at most, to follow what it was before; "
-        "only as long as its return is below 95 % of that, and they raise it",
+        "in rounds, as long as its return is below 95 % of that; each is kept only if it raises it",
     )
     min_width: int = setting(16, "units that every group keeps at least")
     min_widths: dict[str, int] = setting(

@@ -38,11 +38,11 @@ _LEVELLED_OFF = 0.05  # a score that rises by less, as a fraction, over its last
 class Pruner:
     """The pruning side of a run: decides what is due, and does it to the learner.
 
-    Each step is measured, cut, measured, mended offline as long as that is needed and helps,
-    trained for a while, and measured again; if its score has not come back it is undone, and a
-    smaller cut is tried while there is time. `due` says what comes next, and every call of another
-    method is one small step after which the run may be saved: `state` is all that the rest depends
-    on.
+    Each step is measured, cut, measured, mended offline in rounds while that is needed (none is
+    kept that did not help), trained for a while, and measured again; if its score has not come back
+    it is undone, and a smaller cut is tried while there is time. `due` says what comes next, and
+    every call of another method is one small step after which the run may be saved: `state` is all
+    that the rest depends on.
     """
 
     def __init__(
@@ -497,7 +497,7 @@ class Pruner:
         stage.phase = "mended"
 
     def leave_unmended(self) -> None:
-        """Offline steps failed: the networks are those that they were to begin with."""
+        """Offline steps failed: the networks are as they were before these, and none are left."""
         self.stage.phase = "recovering"
 
     def skip(self) -> None:

@@ -1,9 +1,10 @@
 """Offline steps for a cut agent whose refit did not bring its return back (ours).
 
 First encoder and dynamics alone, on the latents, after which the heads are fitted again in closed
-form: short, and the steadiest. If that is not enough, everything at once, in rounds, each along new
-data: what a small network falls short of there is as chance has it. Each starts from the best so
-far; the run measures the return and says whether to go on.
+form: short, and the steadiest. If that is not enough, everything at once, in rounds, the first
+along the data of the refit and later ones along new data: what a small network falls short of is as
+chance has it. Each starts from the best so far; the run measures the return and says whether to go
+on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tdmpc_prune.pruning.plan import Plan
 from tdmpc_prune.pruning.refit import kept_channels, refit, whole_or_restored
 
 LATENT_STEPS = 300
-_ROUND = 2_000  # steps on everything end with its multiples
+_ROUND = 2_000  # steps: each of its multiples, counted from the cut, ends a round
 
 
 def mend(

@@ -359,7 +359,8 @@ class Run:
             steps = trainee.mend(whole, plan, record["offline_steps"], self.config.prune.distil)
         except (NonFiniteLoss, UserError) as error:
             pruner.leave_unmended()
-            steps, failed = 0, f"offline steps after cut {record['step']} were taken back: {error}"
+            steps, cut = 0, record["step"]
+            failed = f"the latest offline steps after cut {cut} were taken back: {error}"
             self.log.record("warning", self.now, text=failed)
             self.log.say(f"note: {failed}")
         else:
