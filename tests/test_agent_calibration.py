@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from tdmpc_prune.agent import distillation
 from tdmpc_prune.agent.calibration import (
     SEQUENCES,
+    add_plans,
     agent_calibration,
     draw_pool,
     is_head,
@@ -17,7 +19,9 @@ from tdmpc_prune.agent.calibration import (
     roll_out,
 )
 from tdmpc_prune.agent.computation import agent_computation
-from tdmpc_prune.agent.distillation import Teaching, distil, latent_steps
+from tdmpc_prune.agent.deciding import NativeDeciding, choose, deciding
+from tdmpc_prune.agent.distillation import Teacher, Teaching, distil, latent_steps
+from tdmpc_prune.agent.planner import first_means
 from tdmpc_prune.agent.replay import Episode, SequenceReplay
 from tdmpc_prune.agent.world_model import Widths, WorldModel
 from tdmpc_prune.errors import NonFiniteLoss, UserError
@@ -30,6 +34,7 @@ from tdmpc_prune.pruning.surgery import commit
 from tests.small import AGENT
 
 OBSERVATION, ACTION, HORIZON = 4, 2, 3
+DISCOUNT = AGENT.learning.discount
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +139,7 @@ def test_an_agent_is_rotated_cut_and_refitted(model):
     assert set(fitted) == {name.rpartition(".")[0] for name, _ in whole.named_parameters()}
     assert all(fit.after <= fit.before for fit in report.layers)
     assert fitted["reward.4"].after < 0.5 * fitted["reward.4"].before
-    teaching = Teaching.of(whole, pool, latents)
+    teaching = Teaching.of(whole, pool, latents, DISCOUNT)
     starts = torch.arange(len(pool.observations))
     with torch.no_grad():
         assert teaching.error(student, starts) < 0.3 * teaching.error(plain, starts)
@@ -189,30 +194,86 @@ def test_a_calibration_can_be_of_some_layers_only(model):
 
 def test_latent_steps_and_distillation_follow_the_teacher(model):
     whole, student, _, _, pool, latents, _ = cut(model, 0.5)
-    teaching = Teaching.of(whole, pool, latents)
+    teaching = Teaching.of(whole, pool, latents, DISCOUNT)
     heads = copy.deepcopy(student.reward.state_dict())
     losses = latent_steps(student, teaching, steps=60)
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
     assert all(torch.equal(heads[n], t) for n, t in student.reward.state_dict().items())
-    losses = distil(student, teaching, steps=60)
+    teacher = Teacher(whole, lambda _: pool, latents, AGENT)
+    losses = distil(student, teacher, steps=60)
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
     assert all(parameter.grad is None for parameter in student.parameters())
     twin = copy.deepcopy(student)
-    assert distil(student, teaching, steps=3) == distil(twin, teaching, steps=3)
+    assert distil(student, teacher, steps=3) == distil(twin, teacher, steps=3)
+
+
+def test_a_student_is_taught_along_new_data_and_the_plans_it_makes_then(model, monkeypatch):
+    whole, student, _, _, _, latents, _ = cut(model, 0.5)
+    drawn, planned = [], []
+
+    def pool(number):
+        drawn.append(number)
+        return draw_pool(whole, replay_with(60, 60), HORIZON, 30, seed=number)
+
+    def plans(pool, planner, *rest, of=distillation.add_plans):
+        planned.append((planner, copy.deepcopy(planner.state_dict()), of(pool, planner, *rest)))
+        return planned[-1][2]
+
+    monkeypatch.setattr(distillation, "_SAME", 4)
+    monkeypatch.setattr(distillation, "add_plans", plans)
+    distil(student, Teacher(whole, pool, latents, AGENT), steps=10, done=300)
+    assert drawn == [300, 304, 308]
+    assert all(planner is student for planner, *_ in planned)
+    first, second = (weights["encoder.0.weight"] for _, weights, _ in planned[:2])
+    assert not torch.equal(first, second)
+
+
+def test_plans_and_what_lies_around_them_are_further_sequences(model):
+    pool = draw_pool(model, replay_with(60, 60), HORIZON, 150)
+    more = add_plans(pool, model, AGENT, seed=3)
+    assert torch.equal(more.observations, pool.observations)
+    assert torch.equal(more.actions[:, :, :SEQUENCES], pool.actions)
+    around = more.actions[:, :, SEQUENCES:]
+    plans = around[:, :, :1]
+    planner = deciding(choose("auto", model.widths, torch.device("cpu")).path, model, AGENT, 3)
+    means = first_means(AGENT.planner, 1, ACTION)
+    for place in (0, 149):  # the second is not of the first batch
+        made = planner.decide(pool.observations[place : place + 1], means, [place]).means
+        if isinstance(planner, NativeDeciding):
+            torch.testing.assert_close(made[:, 0], plans[:, place, 0])
+    distances = (around - plans).abs().mean((0, 1, 3))
+    assert distances[0] == 0 and (distances[1:].diff() > -0.02).all() and distances[-1] > 0.2
+    assert around.abs().max() <= 1
+    assert torch.equal(add_plans(pool, model, AGENT, seed=3).actions, more.actions)
+
+
+def test_scores_are_what_the_planner_compares(model):
+    pool = draw_pool(model, replay_with(60), HORIZON, 30)
+    teaching = Teaching.of(model, pool, torch.arange(AGENT.network.latent_width), DISCOUNT)
+    actions = pool.actions[:, 4:5]
+    z = model.encode(pool.observations[4]).expand(1, SEQUENCES, -1)
+    score, discount = 0.0, 1.0
+    with torch.no_grad():
+        for action in actions:
+            score = score + discount * model.predict_reward(z, action)
+            z, discount = model.next_latent(z, action), discount * DISCOUNT
+        for member, value in enumerate(model.q_values(z, model.act(z))):
+            whole = (score + discount * value)[0]
+            torch.testing.assert_close(teaching.scores[member, 4], whole - whole.mean())
 
 
 def test_a_distillation_that_diverges_changes_nothing(model):
     whole, student, _, _, pool, latents, _ = cut(model, 0.3)
-    teaching = Teaching.of(whole, pool, latents)
+    teacher = Teacher(whole, lambda _: pool, latents, AGENT)
     before = copy.deepcopy(student.state_dict())
     with pytest.raises(NonFiniteLoss, match="distillation loss"):
-        distil(student, teaching, steps=50, rate=1e20)
+        distil(student, teacher, steps=50, rate=1e20)
     assert all(torch.equal(before[n], t) for n, t in student.state_dict().items())
 
 
 def test_a_student_of_a_whole_agent_has_no_error(model):
     pool = draw_pool(model, replay_with(60), HORIZON, 30)
-    teaching = Teaching.of(model, pool, torch.arange(AGENT.network.latent_width))
+    teaching = Teaching.of(model, pool, torch.arange(AGENT.network.latent_width), DISCOUNT)
     with torch.no_grad():
         assert float(teaching.error(model, torch.arange(30))) < 1e-8
     latents = roll_out(model, pool.observations, pool.actions)

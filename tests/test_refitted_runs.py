@@ -11,6 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tdmpc_prune.agent.distillation import Teaching
 from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.pruning.plan import Plan
@@ -165,7 +166,7 @@ def test_offline_steps_go_on_in_rounds_from_the_best_so_far(dense, tmp_path, mon
     moments = [record["moment"] for record in records(tmp_path / "run", "tracking")]
     assert moments[2:-1] == ["not mended", "mended", "not mended", "mended"]
     assert load_agent(tmp_path / "run").provenance["pruning"]["offline_steps"] == 15
-    assert drawn[-4:] == [0, 0, 1, 2]
+    assert drawn[-4:] == [300, 305, 555, 610]
     same = [all(torch.equal(one[n], two[n]) for n in one) for one, two in pairwise(kept)]
     assert same == [True, False, True], "what did not help was not taken back"
 
@@ -199,7 +200,7 @@ def test_a_run_whose_offline_steps_fail_takes_them_back_and_goes_on(
         said += 1
         return error if said < 4 else error * float("nan")
 
-    def latent_error(*arguments, ask=mending.Teaching.latent_error):
+    def latent_error(*arguments, ask=Teaching.latent_error):
         reached, error = ask(*arguments)
         return reached, after_some_steps(error)
 
@@ -207,12 +208,12 @@ def test_a_run_whose_offline_steps_fail_takes_them_back_and_goes_on(
         raise UserError("nothing to fit by")
 
     if diverges == "latent steps":
-        monkeypatch.setattr(mending.Teaching, "latent_error", latent_error)
+        monkeypatch.setattr(Teaching, "latent_error", latent_error)
     elif diverges == "refit":
         monkeypatch.setattr(mending, "refit", refit)
     else:
-        whole = mending.Teaching.error
-        monkeypatch.setattr(mending.Teaching, "error", lambda *a: after_some_steps(whole(*a)))
+        whole = Teaching.error
+        monkeypatch.setattr(Teaching, "error", lambda *a: after_some_steps(whole(*a)))
     trainer = begin(finished(dense, tmp_path / "run", env_steps=40))
     says(trainer, *map(float, returns))
     around = []
@@ -250,7 +251,8 @@ def test_offline_steps_bring_the_student_closer_to_the_rotated_whole(dense, tmp_
         mending.agent_computation(teacher, teacher, trainer.config.model)
     )
     channels = mending.latent_channels(mending.kept_channels(plan, structure, teacher), teacher)
-    teaching = mending.Teaching.of(teacher, pool, channels)
+    discount = trainer.config.model.learning.discount
+    teaching = Teaching.of(teacher, pool, channels, discount)
     starts = torch.arange(len(pool.observations))
 
     def errors():

@@ -81,7 +81,7 @@ def briefly(monkeypatch):
     search = partial(study_job.CoefficientsConfig, steps=5)
     monkeypatch.setattr(study_job, "CoefficientsConfig", search)
     monkeypatch.setattr(
-        study_job, "distil", lambda model, teaching, _, seed: distil(model, teaching, 5, seed=seed)
+        study_job, "distil", lambda model, teacher, _, seed: distil(model, teacher, 5, seed=seed)
     )
 
 

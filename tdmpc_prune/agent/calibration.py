@@ -1,7 +1,8 @@
 """The data by which a cut agent is made good, and what of it matters: what the planner compares.
 
 From states of the replay buffer start action sequences of the kinds that the planner tries: the
-executed ones, with and without noise, the policy's, and wide ones. A fit is asked to be right where
+executed ones, with and without noise, the policy's, and wide ones; and, while a cut agent learns,
+those that it would plan itself, where it errs in its own favour. A fit is asked to be right where
 plans are made, not only where the agent has been (ours).
 
 Shapes: N starts, S sequences at each, H the horizon in decisions; widths O observation, A action,
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from tdmpc_prune.agent.config import AgentConfig
-from tdmpc_prune.agent.planner import follow_policy
+from tdmpc_prune.agent.deciding import choose, deciding
+from tdmpc_prune.agent.planner import first_means, follow_policy
 from tdmpc_prune.agent.replay import SequenceReplay
 from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.errors import UserError
@@ -30,6 +32,7 @@ _POLICY_NOISE = (0.05, 0.3)  # and to the policy's, along its own rollout
 _WIDE = 3  # sequences that have nothing to do with either
 _WIDE_STD = (0.1, 2.0)
 SEQUENCES = len(_NOISE) + len(_POLICY_NOISE) + _WIDE
+_PLAN_NOISE = (0.0, 0.1, 0.1, 0.3, 0.3, 0.3, 0.6, 0.6)  # around a plan
 _BATCH = 100  # starts
 _LARGEST_TARGET = 3.0  # of the policy before its tanh: what lies beyond is saturated
 _LEAST_WEIGHT = 0.05  # of a row whose actions are
@@ -113,6 +116,39 @@ def draw_pool(
     wide = mean + std * normal(_WIDE)
     drawn = torch.cat([noisy, followed.cpu(), wide], 2).clamp(-1, 1)
     return Pool(observations, drawn.to(device))
+
+
+@torch.no_grad()
+def add_plans(pool: Pool, model: WorldModel, config: AgentConfig, seed: int = 0) -> Pool:
+    """With what `model` plans at each start, and what lies around it, as further sequences.
+
+    Args:
+        pool: from `draw_pool`.
+        model: plans, as it would in an episode's first decision.
+        config: planner and discount.
+        seed: of the planner's noise and the noise around plans.
+    """
+    count, width = len(pool.observations), pool.actions.shape[-1]
+    device = pool.observations.device
+    planner = deciding(choose("auto", model.widths, device).path, model, config, seed)
+    plans = torch.cat(
+        [
+            planner.decide(
+                observations, first_means(config.planner, len(observations), width, device), streams
+            ).means
+            for observations, streams in zip(
+                pool.observations.split(_BATCH),
+                [range(first, min(first + _BATCH, count)) for first in range(0, count, _BATCH)],
+                strict=True,
+            )
+        ],
+        1,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(plans), count, len(_PLAN_NOISE), width)
+    noise = torch.tensor(_PLAN_NOISE)[:, None] * torch.randn(shape, generator=generator)
+    around = (plans.unsqueeze(2) + noise.to(device)).clamp(-1, 1)
+    return Pool(pool.observations, torch.cat([pool.actions, around], 2))
 
 
 @torch.no_grad()
@@ -231,12 +267,24 @@ def roll_out(model: WorldModel, observations: Tensor, actions: Tensor) -> Tensor
 
 
 def _compared(network: WorldModel, lesson: Lesson, discount: float) -> Tensor:
-    """The sequences' scores `[N, S]`, centred at each start: the planner only compares there."""
+    """The sequences' scores `[N, S]`, see `compared`."""
     latents = roll_out(network, lesson.observations, lesson.actions)
-    score = network.min_q(latents[-1], lesson.policy[-1])
-    for reward in network.predict_reward(latents[:-1], lesson.actions).flip(0):
+    rewards = network.predict_reward(latents[:-1], lesson.actions)
+    return compared(rewards, network.min_q(latents[-1], lesson.policy[-1]), discount)
+
+
+def compared(rewards: Tensor, value: Tensor, discount: float) -> Tensor:
+    """Scores `[..., N, S]`, centred at each start: the planner only compares there.
+
+    Args:
+        rewards: `[H, N, S]`.
+        value: `[..., N, S]` of the end.
+        discount: per decision.
+    """
+    score = value
+    for reward in rewards.flip(0):
         score = reward + discount * score
-    return score - score.mean(1, keepdim=True)
+    return score - score.mean(-1, keepdim=True)
 
 
 def _layers(part: nn.Module, name: str) -> list[str]:

@@ -1,8 +1,12 @@
 """Offline training of a cut agent against the whole one: no environment step, no reward (ours).
 
 The student follows the teacher's open-loop latents, rewards, values and actions along the sequences
-of a pool, gradients flowing through its own rollout. Each error is over the variance of what is to
-be met. The student's latent channels are some of the teacher's.
+of a pool, gradients flowing through its own rollout, and what planners compare: the scores of all
+sequences at one start. Each error is over the variance of what is to be met. The student's latent
+channels are some of the teacher's.
+
+A planner looks for what its networks overrate. So the student learns along its own plans too, made
+anew every so often: what they promise, the teacher corrects.
 
 Shapes as in `calibration`; Q members, D the student's latent width.
 """
@@ -16,10 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tdmpc_prune.agent.calibration import Pool, lessons, roll_out
+from tdmpc_prune.agent.calibration import Pool, add_plans, compared, lessons, roll_out
+from tdmpc_prune.agent.config import AgentConfig
 from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.errors import NonFiniteLoss
 
+_SAME = 250  # steps along the same pool and the same plans
 _CLIP = 10.0  # largest norm of a gradient
 _LAST_RATE = 0.02  # share of the first rate at which the cosine ends
 
@@ -35,11 +41,13 @@ class Teaching:
     rewards: Tensor  # [H, N, S]
     values: Tensor  # [Q, H + 1, N, S] with `ends`
     policy: Tensor  # [H + 1, N, S, A]
-    variances: dict[str, Tensor]  # of the four above
+    scores: Tensor  # [Q, N, S] by each member, centred at each start
+    discount: float
+    variances: dict[str, Tensor]  # of the five above
 
     @staticmethod
     @torch.no_grad()
-    def of(teacher: WorldModel, pool: Pool, latents: Tensor) -> Teaching:
+    def of(teacher: WorldModel, pool: Pool, latents: Tensor, discount: float) -> Teaching:
         """What `teacher` says along `pool`; `latents` `[D]` are its channels that a student has."""
         parts = lessons(teacher, pool)
         found = {
@@ -53,6 +61,7 @@ class Teaching:
             ),
             "policy": torch.cat([part.policy for part in parts], 1),
         }
+        found["scores"] = compared(found["rewards"], found["values"][:, -1], discount)
         variances = {
             name: (value.flatten(0, -2).var(0).sum() / value.shape[-1]).clamp(min=1e-12)
             if name in ("latents", "policy")
@@ -60,7 +69,9 @@ class Teaching:
             for name, value in found.items()
             if name != "ends"
         }
-        return Teaching(pool.observations, pool.actions, variances=variances, **found)
+        return Teaching(
+            pool.observations, pool.actions, discount=discount, variances=variances, **found
+        )
 
     def latent_error(self, student: WorldModel, starts: Tensor) -> tuple[Tensor, Tensor]:
         """The student's latents `[H + 1, B, S, D]` from these starts `[B]`, and their error."""
@@ -69,21 +80,40 @@ class Teaching:
         return reached, error / self.variances["latents"]
 
     def error(self, student: WorldModel, starts: Tensor) -> Tensor:
-        """The sum of the four errors."""
+        """The sum of the five errors."""
         reached, error = self.latent_error(student, starts)
         said = {
             "rewards": student.predict_reward(reached[:-1], self.actions[:, starts]),
             "values": torch.stack(student.q_values(reached, self.ends[:, starts])),
             "policy": student.act(reached),
         }
+        said["scores"] = compared(said["rewards"], said["values"][:, -1], self.discount)
         wanted = {
             "rewards": self.rewards[:, starts],
             "values": self.values[:, :, starts],
             "policy": self.policy[:, starts],
+            "scores": self.scores[:, starts],
         }
         for name, value in said.items():
             error = error + (value - wanted[name]).square().mean() / self.variances[name]
         return error
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A whole agent, and what its students are taught along."""
+
+    model: WorldModel
+    pool: Callable[[int], Pool]  # of each number another one
+    latents: Tensor  # [D] its channels that a student has
+    config: AgentConfig
+
+    def teach(self, number: int = 0, student: WorldModel | None = None) -> Teaching:
+        """What it says along the pool of that number, and along what `student` plans there."""
+        pool = self.pool(number)
+        if student is not None:
+            pool = add_plans(pool, student, self.config, number)
+        return Teaching.of(self.model, pool, self.latents, self.config.learning.discount)
 
 
 def latent_steps(
@@ -113,33 +143,50 @@ def latent_steps(
     trained = [*student.encoder.parameters(), *student.dynamics.parameters()]
     return _train(
         trained,
-        lambda chosen: teaching.latent_error(student, chosen)[1],
-        len(teaching.observations),
+        lambda _: teaching,
+        lambda now, chosen: now.latent_error(student, chosen)[1],
         (steps, rate, starts, seed),
     )
 
 
 def distil(
     student: WorldModel,
-    teaching: Teaching,
+    teacher: Teacher,
     steps: int,
     rate: float = 3e-3,
     starts: int = 32,
     seed: int = 0,
+    done: int = 0,
 ) -> list[float]:
-    """Train the whole student, on all that the planner and the policy say. See `latent_steps`."""
+    """Train the whole student, on all that the planner and the policy say. See `latent_steps`.
+
+    Args:
+        student: changed in place.
+        teacher: asked again, along another pool and the student's plans of then, every so often.
+        steps: of Adam; its rate falls along a cosine.
+        rate: the first.
+        starts: in a step.
+        seed: which.
+        done: steps that came before; pools are numbered by steps.
+
+    Returns:
+        The loss of each step.
+
+    Raises:
+        NonFiniteLoss: the student is as it was before.
+    """
     return _train(
         list(student.parameters()),
-        lambda chosen: teaching.error(student, chosen),
-        len(teaching.observations),
-        (steps, rate, starts, seed),
+        lambda step: teacher.teach(done + step, student),
+        lambda teaching, chosen: teaching.error(student, chosen),
+        (steps, rate, starts, seed + done),
     )
 
 
 def _train(
     trained: Sequence[nn.Parameter],
-    loss_of: Callable[[Tensor], Tensor],
-    count: int,
+    teaching_at: Callable[[int], Teaching],
+    loss_of: Callable[[Teaching, Tensor], Tensor],
     settings: tuple[int, float, int, int],
 ) -> list[float]:
     steps, rate, starts, seed = settings
@@ -148,11 +195,14 @@ def _train(
     optimiser = torch.optim.Adam(trained, lr=rate, fused=True)
     losses = []
     for step in range(steps):
+        if step % _SAME == 0:
+            teaching = teaching_at(step)
+            count = len(teaching.observations)
         done = step / max(steps - 1, 1)
         share = _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * done))
         optimiser.param_groups[0]["lr"] = rate * share
         chosen = torch.randint(0, count, (min(starts, count),), generator=generator)
-        loss = loss_of(chosen)
+        loss = loss_of(teaching, chosen)
         gradients = torch.autograd.grad(loss, trained)
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient

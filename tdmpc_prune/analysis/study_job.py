@@ -225,8 +225,8 @@ def _leave_new_networks(config: StudyConfig, job: Job, folder: Path) -> float:
     start, began = str(dense_run(config, job)), time.process_time()
     if job.arm == STUDENT:
         settings = DistilConfig(start, job.sparsity, seed=job.seed, device=config.device)
-        model, _, teaching, _ = student.fit(settings, load_agent(start))
-        distil(model, teaching, settings.steps, seed=settings.seed)
+        model, teacher, _ = student.fit(settings, load_agent(start))
+        distil(model, teacher, settings.steps, seed=settings.seed)
     else:
         prune = CUTS["bayesian"].prune(job.sparsity, config.allocation, config.min_width)
         widths = launch.widths_after(_command(config, job, prune, folder))

@@ -1,10 +1,9 @@
 """Offline steps for a cut agent whose refit did not bring its return back (ours).
 
 First encoder and dynamics alone, on the latents, after which the heads are fitted again in closed
-form: short, and the steadiest. If that is not enough, everything at once, in rounds, the first
-along the data of the refit and later ones along new data: what a small network falls short of is as
-chance has it. Each starts from the best so far; the run measures the return and says whether to go
-on.
+form: short, and the steadiest. If that is not enough, everything at once, along the cut agent's own
+plans too, in rounds. Each starts from the best so far; the run measures the return and says whether
+to go on.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Callable
 from tdmpc_prune.agent.calibration import Pool, agent_calibration, is_head, latent_channels
 from tdmpc_prune.agent.computation import agent_computation
 from tdmpc_prune.agent.config import AgentConfig
-from tdmpc_prune.agent.distillation import Teaching, distil, latent_steps
+from tdmpc_prune.agent.distillation import Teacher, distil, latent_steps
 from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.pruning.groups import find_groups
 from tdmpc_prune.pruning.plan import Plan
@@ -42,10 +41,10 @@ def mend(
         target: becomes its copy.
         whole: before the cut, in the basis of the plan's units.
         plan: of the cut.
-        pool: what both are followed along in a round, counted from 0.
+        pool: what both are followed along, of each number another one.
         config: of the agent.
         steps: tried before, and to be tried in all.
-        seed: which starts are in a step; added to the round.
+        seed: which starts are in a step.
 
     Returns:
         Steps done now.
@@ -54,18 +53,16 @@ def mend(
         NonFiniteLoss, UserError: see `distil` and `refit`; nothing has changed.
     """
     done, most = steps
-    latest = done // _ROUND
     structure = find_groups(agent_computation(whole, copy.deepcopy(whole), config))
     channels = latent_channels(kept_channels(plan, structure, whole), whole)
-    data = pool(latest)
-    teaching = Teaching.of(whole, data, channels)
-    now = min(most, (latest + 1) * _ROUND if done else LATENT_STEPS) - done
+    teacher = Teacher(whole, pool, channels, config)
+    now = min(most, (done // _ROUND + 1) * _ROUND if done else LATENT_STEPS) - done
     with whole_or_restored({"model": model}):
         if done:
-            distil(model, teaching, now, seed=seed + latest)
+            distil(model, teacher, now, seed=seed, done=done)
         else:
-            latent_steps(model, teaching, now, seed=seed)
-            heads = agent_calibration(whole, data, config).only(is_head)
+            latent_steps(model, teacher.teach(), now, seed=seed)
+            heads = agent_calibration(whole, pool(0), config).only(is_head)
             refit(plan, structure, whole, {"model": model}, heads)
     target.load_state_dict(model.state_dict())
     return now

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from tdmpc_prune.agent.agent import Agent
 from tdmpc_prune.agent.calibration import last_layers, latent_channels
-from tdmpc_prune.agent.distillation import Teaching, distil
+from tdmpc_prune.agent.distillation import Teacher, distil
 from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.errors import UserError
 from tdmpc_prune.evaluation import EVALUATION_SEED, Evaluation, evaluate
@@ -77,14 +78,14 @@ def teach(config: DistilConfig, command: str) -> Taught:
         NonFiniteLoss: see `distil`.
     """
     teacher = _teacher(config)
-    student, whole, teaching, plan = fit(config, teacher)
+    student, teaches, plan = fit(config, teacher)
 
     def measured(model: WorldModel) -> Evaluation:
         return evaluate(replace(teacher, model=model), config.eval_episodes, EVALUATION_SEED)
 
-    before = measured(whole)
+    before = measured(teaches.model)
     fitted = measured(student)
-    distil(student, teaching, config.steps, seed=config.seed)
+    distil(student, teaches, config.steps, seed=config.seed)
     distilled = measured(student)
     said = {
         "method": "student",
@@ -112,12 +113,12 @@ def teach(config: DistilConfig, command: str) -> Taught:
     return Taught(agent, before, fitted, distilled)
 
 
-def fit(config: DistilConfig, teacher: Agent) -> tuple[WorldModel, WorldModel, Teaching, Plan]:
+def fit(config: DistilConfig, teacher: Agent) -> tuple[WorldModel, Teacher, Plan]:
     """A student with random weights whose last layers are fitted, before it is distilled.
 
     Returns:
-        The student; its teacher in the basis that its latent is of; what it is to be taught; and
-        its widths, as what goes from the teacher's.
+        The student; its teacher, in the basis that its latent is of; and its widths, as what goes
+        from the teacher's.
 
     Raises:
         UserError: see `teach`.
@@ -129,7 +130,6 @@ def fit(config: DistilConfig, teacher: Agent) -> tuple[WorldModel, WorldModel, T
     plan = _plan(config, structure, gains, run.pruner.facts.dense)
     whole = WorldModel(trainee.model.widths)
     whole.load_state_dict(gains.weights.get("model", trainee.model.state_dict()))
-    pool = trainee.pool(whole)
     commit(plan, structure, trainee.computation())
     student = trainee.draw(trainee.model.widths, config.seed + _SEED)
     whole.to(trainee.device)
@@ -140,10 +140,9 @@ def fit(config: DistilConfig, teacher: Agent) -> tuple[WorldModel, WorldModel, T
         {"model": student},
         calibration.only(last_layers(whole).__contains__),
     )
-    teaching = Teaching.of(
-        whole, pool, latent_channels(kept_channels(plan, structure, whole), whole)
-    )
-    return student, whole, teaching, plan
+    channels = latent_channels(kept_channels(plan, structure, whole), whole)
+    teaches = Teacher(whole, partial(trainee.pool, whole), channels, teacher.config)
+    return student, teaches, plan
 
 
 def _teacher(config: DistilConfig) -> Agent:
