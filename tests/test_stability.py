@@ -17,7 +17,7 @@ from tdmpc_prune.analysis import stability, stability_report
 from tdmpc_prune.analysis.config import StabilityConfig
 from tdmpc_prune.analysis.stability import Episodes, Judged, Rate, Stability, Target
 from tdmpc_prune.evaluation import Evaluation
-from tdmpc_prune.saving.agents import load_agent
+from tdmpc_prune.saving.agents import load_agent, load_agents
 from tdmpc_prune.training import launch
 from tests.commands import run
 from tests.small import small_config
@@ -274,6 +274,12 @@ def test_a_whole_pruning_run_is_certified(pruned, tmp_path):
     lines = (tmp_path / "c-gap.csv").read_text().splitlines()
     assert len(lines) == 1 + 12 * len(agents)
     assert again.stdout == done.stdout  # the number of processes changes nothing
+
+
+def test_networks_that_a_run_keeps_twice_are_judged_once(pruned):
+    kept, judged = load_agents(pruned), stability._agents(StabilityConfig(str(pruned)))[0]
+    assert list(kept) == ["step-1", "step-2", "step-3", "latest"]  # it ended with its last cut
+    assert list(judged) == ["step-1", "step-2", "step-3"]
 
 
 def test_one_agent_with_a_reference_of_its_own_and_disturbances(pruned, tmp_path):

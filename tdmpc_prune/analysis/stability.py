@@ -195,7 +195,11 @@ def _agents(config: StabilityConfig) -> tuple[dict[str, Agent], Agent]:
     for name, agent in found.items():
         if (agent.task, agent.action_repeat) != (first.task, first.action_repeat):
             raise UserError(f"'{name}' is for task={agent.task}, the others for {first.task}")
-    agents = {name: agent for name, agent in found.items() if not agent.is_dense}
+    agents: dict[str, Agent] = {}
+    for name, agent in found.items():
+        # A run that ends with a cut keeps the same agent twice, as the cut's and as its last.
+        if not agent.is_dense and not any(map(partial(_same, agent), agents.values())):
+            agents[name] = agent
     if config.reference:
         reference = load_parent(first, config.reference)
         if not reference.is_dense:
@@ -209,6 +213,12 @@ def _agents(config: StabilityConfig) -> tuple[dict[str, Agent], Agent]:
             f"reference=… is needed: checkpoint={config.checkpoint} leads to {which} to refer to"
         )
     return agents, load_agent(parents.pop())
+
+
+def _same(one: Agent, other: Agent) -> bool:
+    """Whether two agents have the same networks."""
+    ours, theirs = one.model.state_dict(), other.model.state_dict()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def _play(
