@@ -278,7 +278,7 @@ def test_a_whole_pruning_run_is_certified(pruned, tmp_path):
 
 def test_networks_that_a_run_keeps_twice_are_judged_once(pruned):
     kept, judged = load_agents(pruned), stability._agents(StabilityConfig(str(pruned)))[0]
-    assert list(kept) == ["step-1", "step-2", "step-3", "latest"]  # it ended with its last cut
+    assert list(kept) == ["dense", "step-1", "step-2", "step-3", "latest"]
     assert list(judged) == ["step-1", "step-2", "step-3"]
 
 
