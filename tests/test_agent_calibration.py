@@ -260,6 +260,9 @@ def test_scores_are_what_the_planner_compares(model):
         for member, value in enumerate(model.q_values(z, model.act(z))):
             whole = (score + discount * value)[0]
             torch.testing.assert_close(teaching.scores[member, 4], whole - whole.mean())
+        other = WorldModel(model.widths, torch.Generator().manual_seed(5))
+        starts = torch.arange(30)
+        assert teaching.error(other, starts) > 1.1 * teaching.error(other, starts, scored=False)
 
 
 def test_a_distillation_that_diverges_changes_nothing(model):

@@ -149,11 +149,17 @@ def test_offline_steps_go_on_in_rounds_from_the_best_so_far(dense, tmp_path, mon
     monkeypatch.setattr(mending, "_ROUND", 305)
     trainer = begin(finished(dense, tmp_path / "run", distil=620))
     says(trainer, 100.0, 50.0, 40.0, 60.0, 55.0, 97.0)
-    drawn, kept = [], []
+    drawn, kept, scored = [], [], {}
 
     def pool(model, draw=0, of=trainer.trainee.pool):
         drawn.append(draw)
         return of(model, draw)
+
+    def distil(*given, of=mending.distil, **named):
+        scored[named["done"]] = named["scored"]
+        return of(*given, **named)
+
+    monkeypatch.setattr(mending, "distil", distil)
 
     def step(step=trainer.step):
         if trainer.pruner.due(trainer.now) == "mend":
@@ -167,6 +173,7 @@ def test_offline_steps_go_on_in_rounds_from_the_best_so_far(dense, tmp_path, mon
     assert moments[2:-1] == ["not mended", "mended", "not mended", "mended"]
     assert load_agent(tmp_path / "run").provenance["pruning"]["offline_steps"] == 15
     assert drawn[-4:] == [300, 305, 555, 610]
+    assert scored == {300: False, 305: True, 610: False}
     same = [all(torch.equal(one[n], two[n]) for n in one) for one, two in pairwise(kept)]
     assert same == [True, False, True], "what did not help was not taken back"
 

@@ -1,9 +1,9 @@
 """Offline training of a cut agent against the whole one: no environment step, no reward (ours).
 
 The student follows the teacher's open-loop latents, rewards, values and actions along the sequences
-of a pool, gradients flowing through its own rollout, and what planners compare: the scores of all
-sequences at one start. Each error is over the variance of what is to be met. The student's latent
-channels are some of the teacher's.
+of a pool, gradients flowing through its own rollout, and, if asked to, what planners compare: the
+scores of all sequences at one start. Each error is over the variance of what is to be met. The
+student's latent channels are some of the teacher's.
 
 A planner looks for what its networks overrate. So the student learns along its own plans too, made
 anew every so often: what they promise, the teacher corrects.
@@ -79,15 +79,16 @@ class Teaching:
         error = (reached - self.latents[:, starts]).square().mean()
         return reached, error / self.variances["latents"]
 
-    def error(self, student: WorldModel, starts: Tensor) -> Tensor:
-        """The sum of the five errors."""
+    def error(self, student: WorldModel, starts: Tensor, scored: bool = True) -> Tensor:
+        """The sum of the five errors; without that of the scores unless `scored`."""
         reached, error = self.latent_error(student, starts)
         said = {
             "rewards": student.predict_reward(reached[:-1], self.actions[:, starts]),
             "values": torch.stack(student.q_values(reached, self.ends[:, starts])),
             "policy": student.act(reached),
         }
-        said["scores"] = compared(said["rewards"], said["values"][:, -1], self.discount)
+        if scored:
+            said["scores"] = compared(said["rewards"], said["values"][:, -1], self.discount)
         wanted = {
             "rewards": self.rewards[:, starts],
             "values": self.values[:, :, starts],
@@ -157,6 +158,7 @@ def distil(
     starts: int = 32,
     seed: int = 0,
     done: int = 0,
+    scored: bool = True,
 ) -> list[float]:
     """Train the whole student, on all that the planner and the policy say. See `latent_steps`.
 
@@ -168,6 +170,7 @@ def distil(
         starts: in a step.
         seed: which.
         done: steps that came before; pools are numbered by steps.
+        scored: on the scores, too.
 
     Returns:
         The loss of each step.
@@ -178,7 +181,7 @@ def distil(
     return _train(
         list(student.parameters()),
         lambda step: teacher.teach(done + step, student),
-        lambda teaching, chosen: teaching.error(student, chosen),
+        lambda teaching, chosen: teaching.error(student, chosen, scored),
         (steps, rate, starts, seed + done),
     )
 

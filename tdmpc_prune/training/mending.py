@@ -2,8 +2,9 @@
 
 First encoder and dynamics alone, on the latents, after which the heads are fitted again in closed
 form: short, and the steadiest. If that is not enough, everything at once, along the cut agent's own
-plans too, in rounds. Each starts from the best so far; the run measures the return and says whether
-to go on.
+plans too, in rounds. Every other one is also on the scores that planners compare: that helps some
+cuts much and harms others. Each starts from the best so far; the run measures the return and says
+whether to go on.
 """
 
 from __future__ import annotations
@@ -56,10 +57,11 @@ def mend(
     structure = find_groups(agent_computation(whole, copy.deepcopy(whole), config))
     channels = latent_channels(kept_channels(plan, structure, whole), whole)
     teacher = Teacher(whole, pool, channels, config)
-    now = min(most, (done // _ROUND + 1) * _ROUND if done else LATENT_STEPS) - done
+    rounds = done // _ROUND
+    now = min(most, (rounds + 1) * _ROUND if done else LATENT_STEPS) - done
     with whole_or_restored({"model": model}):
         if done:
-            distil(model, teacher, now, seed=seed, done=done)
+            distil(model, teacher, now, seed=seed, done=done, scored=rounds % 2 == 1)
         else:
             latent_steps(model, teacher.teach(), now, seed=seed)
             heads = agent_calibration(whole, pool(0), config).only(is_head)
