@@ -220,10 +220,12 @@ def test_a_student_is_taught_along_new_data_and_the_plans_it_makes_then(model, m
         return planned[-1][2]
 
     monkeypatch.setattr(distillation, "_SAME", 4)
+    monkeypatch.setattr(distillation, "_PLANNED", 20)
     monkeypatch.setattr(distillation, "add_plans", plans)
     distil(student, Teacher(whole, pool, latents, AGENT), steps=10, done=300)
     assert drawn == [300, 304, 308]
     assert all(planner is student for planner, *_ in planned)
+    assert [len(pool.observations) for *_, pool in planned] == [20, 20, 20]
     first, second = (weights["encoder.0.weight"] for _, weights, _ in planned[:2])
     assert not torch.equal(first, second)
 

@@ -45,6 +45,10 @@ class Pool:
     observations: Tensor  # [N, O]
     actions: Tensor  # [H, N, S, A] in [-1, 1]
 
+    def first(self, starts: int) -> Pool:
+        """Its first starts; they lie in no order."""
+        return Pool(self.observations[:starts], self.actions[:, :starts])
+
 
 @dataclass(frozen=True)
 class Lesson:

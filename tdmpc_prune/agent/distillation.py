@@ -25,7 +25,8 @@ from tdmpc_prune.agent.config import AgentConfig
 from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.errors import NonFiniteLoss
 
-_SAME = 250  # steps along the same pool and the same plans
+_SAME = 250  # steps along the same starts and the same plans
+_PLANNED = 500  # starts of a pool along which they go: planning at each costs as much as the steps
 _CLIP = 10.0  # largest norm of a gradient
 _LAST_RATE = 0.02  # share of the first rate at which the cosine ends
 
@@ -110,10 +111,11 @@ class Teacher:
     config: AgentConfig
 
     def teach(self, number: int = 0, student: WorldModel | None = None) -> Teaching:
-        """What it says along the pool of that number, and along what `student` plans there."""
+        """What it says along the pool of that number; with a `student`, along a part of it and
+        what that one plans there."""
         pool = self.pool(number)
         if student is not None:
-            pool = add_plans(pool, student, self.config, number)
+            pool = add_plans(pool.first(_PLANNED), student, self.config, number)
         return Teaching.of(self.model, pool, self.latents, self.config.learning.discount)
 
 
