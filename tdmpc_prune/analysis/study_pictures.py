@@ -232,6 +232,6 @@ def _against_cost(results: list[Result]) -> Figure:
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_xlabel(name)
             axis.grid(alpha=0.3)
-        row[0].set_ylabel(f"{task}: {ending(results)}")
+        row[0].set_ylabel(f"{task}\n{ending(results)}")
     _legend(figure)
     return figure
