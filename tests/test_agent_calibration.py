@@ -19,7 +19,7 @@ from tdmpc_prune.agent.calibration import (
     roll_out,
 )
 from tdmpc_prune.agent.computation import agent_computation
-from tdmpc_prune.agent.deciding import NativeDeciding, choose, deciding
+from tdmpc_prune.agent.deciding import deciding, unavailable
 from tdmpc_prune.agent.distillation import Teacher, Teaching, distil, latent_steps
 from tdmpc_prune.agent.planner import first_means
 from tdmpc_prune.agent.replay import Episode, SequenceReplay
@@ -35,6 +35,7 @@ from tests.small import AGENT
 
 OBSERVATION, ACTION, HORIZON = 4, 2, 3
 DISCOUNT = AGENT.learning.discount
+PATH = "torch"  # who plans
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def test_latent_steps_and_distillation_follow_the_teacher(model):
     losses = latent_steps(student, teaching, steps=60)
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
     assert all(torch.equal(heads[n], t) for n, t in student.reward.state_dict().items())
-    teacher = Teacher(whole, lambda _: pool, latents, AGENT)
+    teacher = Teacher(whole, lambda _: pool, latents, AGENT, PATH)
     losses = distil(student, teacher, steps=60)
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
     assert all(parameter.grad is None for parameter in student.parameters())
@@ -222,7 +223,7 @@ def test_a_student_is_taught_along_new_data_and_the_plans_it_makes_then(model, m
     monkeypatch.setattr(distillation, "_SAME", 4)
     monkeypatch.setattr(distillation, "_PLANNED", 20)
     monkeypatch.setattr(distillation, "add_plans", plans)
-    distil(student, Teacher(whole, pool, latents, AGENT), steps=10, done=300)
+    distil(student, Teacher(whole, pool, latents, AGENT, PATH), steps=10, done=300)
     assert drawn == [300, 304, 308]
     assert all(planner is student for planner, *_ in planned)
     assert [len(pool.observations) for *_, pool in planned] == [20, 20, 20]
@@ -230,23 +231,24 @@ def test_a_student_is_taught_along_new_data_and_the_plans_it_makes_then(model, m
     assert not torch.equal(first, second)
 
 
-def test_plans_and_what_lies_around_them_are_further_sequences(model):
+@pytest.mark.parametrize("path", ["torch", "native"])
+def test_plans_and_what_lies_around_them_are_further_sequences(model, path):
+    if path == "native" and unavailable():
+        pytest.skip(unavailable())
     pool = draw_pool(model, replay_with(60, 60), HORIZON, 150)
-    more = add_plans(pool, model, AGENT, seed=3)
+    more = add_plans(pool, model, AGENT, path, seed=3)
     assert torch.equal(more.observations, pool.observations)
     assert torch.equal(more.actions[:, :, :SEQUENCES], pool.actions)
     around = more.actions[:, :, SEQUENCES:]
     plans = around[:, :, :1]
-    planner = deciding(choose("auto", model.widths, torch.device("cpu")).path, model, AGENT, 3)
-    means = first_means(AGENT.planner, 1, ACTION)
-    for place in (0, 149):  # the second is not of the first batch
-        made = planner.decide(pool.observations[place : place + 1], means, [place]).means
-        if isinstance(planner, NativeDeciding):
-            torch.testing.assert_close(made[:, 0], plans[:, place, 0])
+    planner, means = deciding(path, model, AGENT, 3), first_means(AGENT.planner, 100, ACTION)
+    first = planner.decide(pool.observations[:100], means, range(100)).means
+    rest = planner.decide(pool.observations[100:], means[:, :50], range(100, 150)).means
+    torch.testing.assert_close(torch.cat([first, rest], 1), plans[:, :, 0])
     distances = (around - plans).abs().mean((0, 1, 3))
     assert distances[0] == 0 and (distances[1:].diff() > -0.02).all() and distances[-1] > 0.2
     assert around.abs().max() <= 1
-    assert torch.equal(add_plans(pool, model, AGENT, seed=3).actions, more.actions)
+    assert torch.equal(add_plans(pool, model, AGENT, path, seed=3).actions, more.actions)
 
 
 def test_scores_are_what_the_planner_compares(model):
@@ -269,7 +271,7 @@ def test_scores_are_what_the_planner_compares(model):
 
 def test_a_distillation_that_diverges_changes_nothing(model):
     whole, student, _, _, pool, latents, _ = cut(model, 0.3)
-    teacher = Teacher(whole, lambda _: pool, latents, AGENT)
+    teacher = Teacher(whole, lambda _: pool, latents, AGENT, PATH)
     before = copy.deepcopy(student.state_dict())
     with pytest.raises(NonFiniteLoss, match="distillation loss"):
         distil(student, teacher, steps=50, rate=1e20)

@@ -280,6 +280,11 @@ def test_networks_that_a_run_keeps_twice_are_judged_once(pruned):
     kept, judged = load_agents(pruned), stability._agents(StabilityConfig(str(pruned)))[0]
     assert list(kept) == ["dense", "step-1", "step-2", "step-3", "latest"]
     assert list(judged) == ["step-1", "step-2", "step-3"]
+    one = judged["step-3"]
+    faster = replace(one.config, planner=replace(one.config.planner, iterations=1))
+    assert stability._alike(one, kept["latest"])
+    assert not stability._alike(one, replace(one, config=faster))
+    assert not stability._alike(one, judged["step-2"])
 
 
 def test_one_agent_with_a_reference_of_its_own_and_disturbances(pruned, tmp_path):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tdmpc_prune.agent.config import AgentConfig
-from tdmpc_prune.agent.deciding import choose, deciding
+from tdmpc_prune.agent.deciding import deciding
 from tdmpc_prune.agent.planner import first_means, follow_policy
 from tdmpc_prune.agent.replay import SequenceReplay
 from tdmpc_prune.agent.world_model import WorldModel
@@ -123,18 +123,19 @@ def draw_pool(
 
 
 @torch.no_grad()
-def add_plans(pool: Pool, model: WorldModel, config: AgentConfig, seed: int = 0) -> Pool:
-    """With what `model` plans at each start, and what lies around it, as further sequences.
+def add_plans(pool: Pool, model: WorldModel, config: AgentConfig, path: str, seed: int = 0) -> Pool:
+    """With what `model` plans at each start, and what lies around it: actions `[H, N, S + 8, A]`.
 
     Args:
         pool: from `draw_pool`.
         model: plans, as it would in an episode's first decision.
         config: planner and discount.
+        path: who plans, see `deciding`.
         seed: of the planner's noise and the noise around plans.
     """
     count, width = len(pool.observations), pool.actions.shape[-1]
     device = pool.observations.device
-    planner = deciding(choose("auto", model.widths, device).path, model, config, seed)
+    planner = deciding(path, model, config, seed)
     plans = torch.cat(
         [
             planner.decide(

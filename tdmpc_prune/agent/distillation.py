@@ -2,8 +2,8 @@
 
 The student follows the teacher's open-loop latents, rewards, values and actions along the sequences
 of a pool, gradients flowing through its own rollout, and, if asked to, what planners compare: the
-scores of all sequences at one start. Each error is over the variance of what is to be met. The
-student's latent channels are some of the teacher's.
+scores of all sequences at one start, by each Q member. Each error is over the variance of what is
+to be met. The student's latent channels are some of the teacher's.
 
 A planner looks for what its networks overrate. So the student learns along its own plans too, made
 anew every so often: what they promise, the teacher corrects.
@@ -26,7 +26,7 @@ from tdmpc_prune.agent.world_model import WorldModel
 from tdmpc_prune.errors import NonFiniteLoss
 
 _SAME = 250  # steps along the same starts and the same plans
-_PLANNED = 500  # starts of a pool along which they go: planning at each costs as much as the steps
+_PLANNED = 500  # starts of a pool at which plans are made: that costs about as much as the steps
 _CLIP = 10.0  # largest norm of a gradient
 _LAST_RATE = 0.02  # share of the first rate at which the cosine ends
 
@@ -109,14 +109,16 @@ class Teacher:
     pool: Callable[[int], Pool]  # of each number another one
     latents: Tensor  # [D] its channels that a student has
     config: AgentConfig
+    path: str  # who plans for a student, see `deciding`
 
-    def teach(self, number: int = 0, student: WorldModel | None = None) -> Teaching:
-        """What it says along the pool of that number; with a `student`, along a part of it and
-        what that one plans there."""
-        pool = self.pool(number)
-        if student is not None:
-            pool = add_plans(pool.first(_PLANNED), student, self.config, number)
+    def along(self, pool: Pool) -> Teaching:
+        """What it says along a pool."""
         return Teaching.of(self.model, pool, self.latents, self.config.learning.discount)
+
+    def along_plans(self, student: WorldModel, number: int) -> Teaching:
+        """What it says along a part of the pool of that number and what `student` plans there."""
+        pool = self.pool(number).first(_PLANNED)
+        return self.along(add_plans(pool, student, self.config, self.path, number))
 
 
 def latent_steps(
@@ -170,7 +172,7 @@ def distil(
         steps: of Adam; its rate falls along a cosine.
         rate: the first.
         starts: in a step.
-        seed: which.
+        seed: which; `done` is added.
         done: steps that came before; pools are numbered by steps.
         scored: on the scores, too.
 
@@ -182,7 +184,7 @@ def distil(
     """
     return _train(
         list(student.parameters()),
-        lambda step: teacher.teach(done + step, student),
+        lambda step: teacher.along_plans(student, done + step),
         lambda teaching, chosen: teaching.error(student, chosen, scored),
         (steps, rate, starts, seed + done),
     )

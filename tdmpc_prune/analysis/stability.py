@@ -198,7 +198,7 @@ def _agents(config: StabilityConfig) -> tuple[dict[str, Agent], Agent]:
     agents: dict[str, Agent] = {}
     for name, agent in found.items():
         # A run that ends with a cut keeps the same agent twice, as the cut's and as its last.
-        if not agent.is_dense and not any(map(partial(_same, agent), agents.values())):
+        if not agent.is_dense and not any(map(partial(_alike, agent), agents.values())):
             agents[name] = agent
     if config.reference:
         reference = load_parent(first, config.reference)
@@ -215,10 +215,14 @@ def _agents(config: StabilityConfig) -> tuple[dict[str, Agent], Agent]:
     return agents, load_agent(parents.pop())
 
 
-def _same(one: Agent, other: Agent) -> bool:
-    """Whether two agents have the same networks."""
+def _alike(one: Agent, other: Agent) -> bool:
+    """Whether two agents decide alike: the same networks and the same planner."""
     ours, theirs = one.model.state_dict(), other.model.state_dict()
-    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return (
+        one.config == other.config
+        and ours.keys() == theirs.keys()
+        and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    )
 
 
 def _play(

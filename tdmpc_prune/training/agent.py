@@ -440,9 +440,9 @@ class AgentTraining:
     def mend(self, whole: Mapping[str, Tensor], plan: Plan, done: int, most: int) -> int:
         teacher = WorldModel(Widths.of_weights(whole)).to(self.device)
         teacher.load_state_dict(whole)
-        model, target, config = self.model, self.learner.target, self.config
-        pool = partial(self.pool, teacher)
-        return mend(model, target, teacher, plan, pool, config.model, (done, most), config.seed)
+        model, target, pool = self.model, self.learner.target, partial(self.pool, teacher)
+        config, path, seed = self.config.model, self.choice.path, self.config.seed
+        return mend(model, target, teacher, plan, pool, config, path, (done, most), seed)
 
     def pool(self, model: WorldModel, draw: int = 0) -> Pool:
         """What a cut agent, or a student of it, is to be good at; each draw is another."""

@@ -32,6 +32,7 @@ def mend(
     plan: Plan,
     pool: Callable[[int], Pool],
     config: AgentConfig,
+    path: str,
     steps: tuple[int, int],
     seed: int,
 ) -> int:
@@ -44,6 +45,7 @@ def mend(
         plan: of the cut.
         pool: what both are followed along, of each number another one.
         config: of the agent.
+        path: who plans, see `deciding`.
         steps: tried before, and to be tried in all.
         seed: which starts are in a step.
 
@@ -56,15 +58,16 @@ def mend(
     done, most = steps
     structure = find_groups(agent_computation(whole, copy.deepcopy(whole), config))
     channels = latent_channels(kept_channels(plan, structure, whole), whole)
-    teacher = Teacher(whole, pool, channels, config)
+    teacher = Teacher(whole, pool, channels, config, path)
     rounds = done // _ROUND
     now = min(most, (rounds + 1) * _ROUND if done else LATENT_STEPS) - done
     with whole_or_restored({"model": model}):
         if done:
             distil(model, teacher, now, seed=seed, done=done, scored=rounds % 2 == 1)
         else:
-            latent_steps(model, teacher.teach(), now, seed=seed)
-            heads = agent_calibration(whole, pool(0), config).only(is_head)
+            data = pool(0)
+            latent_steps(model, teacher.along(data), now, seed=seed)
+            heads = agent_calibration(whole, data, config).only(is_head)
             refit(plan, structure, whole, {"model": model}, heads)
     target.load_state_dict(model.state_dict())
     return now

@@ -1,7 +1,8 @@
 """A small agent with random weights that is taught offline by a whole one (ours).
 
 Its latent is those channels of the teacher's, rotated, that carry most; its last layers are fitted
-to the teacher in closed form, and then all of it is distilled. Where a cut of the same size does
+to the teacher in closed form, and then all of it is distilled, on scores too, in one go: nothing
+measures a return on the way, as for a cut in its rounds. Where a cut of the same size does much
 better, it is the teacher's trained units that count; where it does not, the teaching is.
 """
 
@@ -78,14 +79,14 @@ def teach(config: DistilConfig, command: str) -> Taught:
         NonFiniteLoss: see `distil`.
     """
     teacher = _teacher(config)
-    student, teaches, plan = fit(config, teacher)
+    student, whole, plan = fit(config, teacher)
 
     def measured(model: WorldModel) -> Evaluation:
         return evaluate(replace(teacher, model=model), config.eval_episodes, EVALUATION_SEED)
 
-    before = measured(teaches.model)
+    before = measured(whole.model)
     fitted = measured(student)
-    distil(student, teaches, config.steps, seed=config.seed)
+    distil(student, whole, config.steps, seed=config.seed)
     distilled = measured(student)
     said = {
         "method": "student",
@@ -141,8 +142,8 @@ def fit(config: DistilConfig, teacher: Agent) -> tuple[WorldModel, Teacher, Plan
         calibration.only(last_layers(whole).__contains__),
     )
     channels = latent_channels(kept_channels(plan, structure, whole), whole)
-    teaches = Teacher(whole, partial(trainee.pool, whole), channels, teacher.config)
-    return student, teaches, plan
+    pool, path = partial(trainee.pool, whole), trainee.choice.path
+    return student, Teacher(whole, pool, channels, teacher.config, path), plan
 
 
 def _teacher(config: DistilConfig) -> Agent:
