@@ -348,7 +348,7 @@ def test_sweeps(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["seed1", "seed2"]
 
 
-@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("joblib", marks=pytest.mark.slow)])
 def test_a_sweep_goes_on_past_a_job_that_fails(tmp_path, launcher):
     more = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
     assert run("train.py", *SMALL, "seed=1", cwd=tmp_path).returncode == 0

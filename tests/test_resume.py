@@ -149,7 +149,10 @@ def test_a_run_stopped_again_and_again_resumes_exactly(whole_run, tmp_path, ever
     assert_same_run(whole, run_dir)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_signals_save_and_say_how_to_go_on(tmp_path, number, code):
     process = command(tmp_path, "env_steps=100000", "eval_every=100000")
     wait_for_line(tmp_path / "run/history.jsonl", 3)

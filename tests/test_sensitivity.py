@@ -71,7 +71,9 @@ def test_the_correlation_is_spearmans(lost):
     assert (found.low, found.high) == (0, 0) if constant else found.low < found.rho < found.high
 
 
-@pytest.mark.parametrize("kind", ["autoencoder", "agent"])
+@pytest.mark.parametrize(  # half a minute for an agent
+    "kind", ["autoencoder", pytest.param("agent", marks=pytest.mark.slow)]
+)
 def test_as_typed(trained, tmp_path, kind):
     arguments = [f"checkpoint={trained / kind}", "fractions=[0.5]", "episodes=1", "out=s"]
     arguments += ["prune.gather_updates=3", f"processes={2 if kind == 'agent' else 1}"]

@@ -388,8 +388,8 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "launcher",  # Ray takes most of a minute to begin and to end
-    ["basic", "joblib", pytest.param("ray", marks=pytest.mark.slow)],
+    "launcher",  # Ray takes most of a minute to begin and to end; the basic one is Hydra's own
+    ["joblib", *(pytest.param(name, marks=pytest.mark.slow) for name in ("basic", "ray"))],
 )
 def test_launchers(tmp_path, launcher):
     if launcher == "ray" and not importlib.util.find_spec("hydra_plugins.hydra_ray_launcher"):

@@ -196,7 +196,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @needs_xvfb
-@pytest.mark.parametrize("agent", ["suite", "gym"])
+@pytest.mark.parametrize("agent", ["suite", pytest.param("gym", marks=pytest.mark.slow)])
 def test_an_agent_plays_a_hundred_frames_in_the_viewer(agents, agent):
     from Xlib.display import Display
 
@@ -305,7 +305,8 @@ def can_draw():
     return done.returncode == 0
 
 
-@pytest.mark.parametrize("agent", ["suite", "gym"])
+# 500 frames of the suite take half a minute to draw without a GPU: with -m slow.
+@pytest.mark.parametrize("agent", [pytest.param("suite", marks=pytest.mark.slow), "gym"])
 def test_a_film_shows_the_whole_episode(agents, agent, tmp_path):
     if not can_draw():
         pytest.skip("nothing can be drawn offscreen here (no EGL)")
