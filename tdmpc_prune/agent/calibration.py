@@ -136,19 +136,13 @@ def add_plans(pool: Pool, model: WorldModel, config: AgentConfig, path: str, see
     count, width = len(pool.observations), pool.actions.shape[-1]
     device = pool.observations.device
     planner = deciding(path, model, config, seed)
-    plans = torch.cat(
-        [
-            planner.decide(
-                observations, first_means(config.planner, len(observations), width, device), streams
-            ).means
-            for observations, streams in zip(
-                pool.observations.split(_BATCH),
-                [range(first, min(first + _BATCH, count)) for first in range(0, count, _BATCH)],
-                strict=True,
-            )
-        ],
-        1,
-    )
+    made = []
+    for first in range(0, count, _BATCH):
+        observations = pool.observations[first : first + _BATCH]
+        means = first_means(config.planner, len(observations), width, device)
+        streams = range(first, first + len(observations))
+        made.append(planner.decide(observations, means, streams).means)
+    plans = torch.cat(made, 1)
     generator = torch.Generator().manual_seed(seed)
     shape = (len(plans), count, len(_PLAN_NOISE), width)
     noise = torch.tensor(_PLAN_NOISE)[:, None] * torch.randn(shape, generator=generator)
